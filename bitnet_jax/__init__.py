@@ -1,0 +1,7 @@
+"""BitNet b1.58 language models in JAX, with instruments that say whether training is collapsing.
+
+Data flows one way; a module imports only from those before it:
+
+config -> tokenizer -> data -> reference -> quant -> model -> collapse -> loss -> optim -> sharding
+-> train -> checkpoint -> generate -> log -> report -> run
+"""

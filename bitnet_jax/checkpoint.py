@@ -1,0 +1,128 @@
+"""Checkpoints (orbax): the state of all replicates and the resolved configuration, per step.
+
+Kept: the last two, every `run.checkpoint_every` steps, and the last step of stage 1.
+"""
+
+import contextlib
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from bitnet_jax.config import RunConfig, UserError
+
+MANIFEST = "manifest.json"  # checksums of a checkpoint's files, written last
+
+
+def open_manager(workdir: Path, run: RunConfig) -> ocp.CheckpointManager:
+    """Open `workdir/checkpoints` for writing with the keeping rule of the module docstring.
+
+    Steps whose save was cut off are removed, so that they can be written again.
+    """
+    folder = workdir.absolute() / "checkpoints"
+    if folder.is_dir():
+        for step in set(ocp.utils.checkpoint_steps(folder)) - set(kept_steps(workdir)):
+            shutil.rmtree(folder / str(step))
+    policy = keep.AnyPreservationPolicy(
+        [
+            keep.LatestN(2),
+            keep.EveryNSteps(run.checkpoint_every),
+            keep.CustomSteps([run.boundary]),
+        ]
+    )
+    # Synchronous: on CPU an asynchronous save reads the buffers that the next chunk overwrites.
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy, enable_async_checkpointing=False
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state, config: dict) -> None:
+    """Write one step: `state` ([R, ...] leaves) and the resolved configuration."""
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config)
+        ),
+    )
+    manager.wait_until_finished()
+    folder = Path(manager.directory) / str(step)
+    (folder / MANIFEST).write_text(json.dumps(_checksums(folder)))
+
+
+def kept_steps(workdir: Path) -> list[int]:
+    """Steps that can be restored, ascending; saves that were cut off do not count."""
+    folder = Path(workdir).absolute() / "checkpoints"
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    return sorted(step for step in steps if (folder / str(step) / MANIFEST).is_file())
+
+
+def load_config(workdir: Path, step: int) -> dict:
+    """The resolved configuration that was saved with a step."""
+    with _reading(workdir, step) as folder, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(folder / "config")
+
+
+def restore(workdir: Path, step: int, abstract_state):
+    """Restore a step into the shapes, types and shardings of `abstract_state`.
+
+    Raises UserError when the step is missing, damaged, or of another shape.
+    """
+    with _reading(workdir, step) as folder, ocp.StandardCheckpointer() as reader:
+        saved = _shapes(reader.metadata(folder / "state").item_metadata.tree)
+        wanted = _shapes(ocp.utils.serialize_tree(abstract_state, keep_empty_nodes=True))
+        for name in sorted(saved | wanted):
+            if saved.get(name) != wanted.get(name):
+                raise UserError(
+                    f"{folder}: checkpoint of another shape: {name} is {saved.get(name)} there "
+                    f"and {wanted.get(name)} in this configuration"
+                )
+        return reader.restore(folder / "state", abstract_state)
+
+
+def restore_replicate(workdir: Path, step: int, index: int, abstract_state):
+    """Restore one replicate without its leading axis; `abstract_state` is that of one replicate.
+
+    Raises UserError as `restore` does, and when the checkpoint has no such replicate.
+    """
+    n_rep = len(load_config(workdir, step)["replicates"])
+    if not 0 <= index < n_rep:
+        raise UserError(f"{workdir}: no replicate {index}; the checkpoint has 0 to {n_rep - 1}")
+    stacked = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((n_rep, *x.shape), x.dtype), abstract_state
+    )
+    return jax.tree.map(lambda x: x[index], restore(workdir, step, stacked))
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {str(p.relative_to(folder)): zlib.crc32(p.read_bytes()) for p in files}
+
+
+@contextlib.contextmanager
+def _reading(workdir: Path, step: int):
+    """Yield the folder of a step once its files have been checked.
+
+    orbax meets damaged files deep inside its coroutines and says so on many lines, hence the check
+    before it reads.
+    """
+    if step not in kept_steps(workdir):
+        raise UserError(f"{workdir}: no checkpoint of step {step}; there: {kept_steps(workdir)}")
+    folder = Path(workdir).absolute() / "checkpoints" / str(step)
+    remedy = "remove this folder to go on from an earlier step"
+    written, found = json.loads((folder / MANIFEST).read_text()), _checksums(folder)
+    for name in sorted(written | found):
+        if written.get(name) != found.get(name):
+            raise UserError(f"{folder}: damaged checkpoint: {name} is not as written; {remedy}")
+    yield folder
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves
+    }

@@ -1,0 +1,407 @@
+"""What a run is: static configuration, hyper-parameters as data, presets, overrides.
+
+`Config` decides the compiled program. `Hyper` holds every number that a sweep varies: a pytree that
+the jitted step takes as an argument, so one program serves every arm of a sweep.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field, replace
+
+import flax.struct
+import jax.numpy as jnp
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for: shown as one line, exit status 2."""
+
+
+def _field(default, text, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def _positive(part, section, *names):
+    for name in names:
+        if not getattr(part, name) > 0:
+            raise UserError(f"{section}.{name}={getattr(part, name)}: must be positive")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layout: str = _field(
+        "b158",
+        "b158: pre-norms and two sub-norms, a scale per projection; "
+        "report: pre-norms, a norm in every BitLinear, fused q/k/v and gate/up",
+        ("b158", "report"),
+    )
+    vocab_size: int | None = _field(None, "rows of the embedding; none: the tokenizer's")
+    d_model: int = _field(256, "width of the residual stream")
+    n_layers: int = _field(4, "number of blocks")
+    n_heads: int = _field(4, "query heads")
+    n_kv_heads: int = _field(4, "key and value heads")
+    d_ff: int = _field(512, "width of the gated feed-forward layer")
+    tied_embedding: bool = _field(True, "use the embedding as the output head")
+    rope_theta: float = _field(500_000.0, "base of the rotary frequencies")
+    norm_eps: float = _field(1e-5, "added to the mean square inside RMSNorm")
+    dtype: str = _field("float32", "compute type of activations", ("float32", "bfloat16"))
+
+    def __post_init__(self):
+        _positive(self, "model", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+        if self.vocab_size is not None and self.vocab_size < 2:
+            raise UserError(f"model.vocab_size={self.vocab_size}: needs at least 2 tokens")
+        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
+            raise UserError(
+                f"model.n_heads={self.n_heads} must divide model.d_model={self.d_model} "
+                "into heads of even width"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(
+                f"model.n_kv_heads={self.n_kv_heads} must divide model.n_heads={self.n_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    corpus: str = _field(
+        "stdlib", "stdlib (this interpreter's standard library) | text:GLOB | tfds:NAME[/CONFIG]"
+    )
+    validation: str | None = _field(
+        None,
+        "held-out text: text:GLOB, or a split name for tfds; none: a held-out part of the corpus",
+    )
+    holdout: float = _field(0.05, "share of the corpus held out when validation is none")
+    feature: str = _field("text", "tfds: name of the text feature")
+    tokenizer: str = _field(
+        "bpe:4096", "bpe:N (trained on the corpus) | gpt2 (hub cache) | gpt2:FOLDER"
+    )
+    seq_len: int = _field(64, "tokens in a window")
+    batch_size: int = _field(8, "windows in a batch, per replicate")
+    order: str = _field(
+        "shuffled",
+        "shuffled: each window once per epoch; sequential: in corpus order",
+        ("shuffled", "sequential"),
+    )
+    seed: int = _field(0, "seed of the batch order, shared by all replicates (paired)")
+    gather: str = _field(
+        "auto",
+        "where windows are cut: on the device, on the host, or auto (by corpus size)",
+        ("auto", "device", "host"),
+    )
+    eval_batches: int = _field(2, "batches of held-out windows in an evaluation")
+    track: str = _field(
+        "validation",
+        "positions whose argmax is counted: the held-out ones, or the first training batch",
+        ("validation", "first_batch"),
+    )
+    score_last: bool = _field(
+        True, "score the last position of a window against the token that follows it"
+    )
+
+    def __post_init__(self):
+        _positive(self, "data", "batch_size", "eval_batches")
+        if self.seq_len < 2:
+            raise UserError(f"data.seq_len={self.seq_len}: a window needs at least 2 tokens")
+        if not 0 < self.holdout < 1:
+            raise UserError(f"data.holdout={self.holdout}: must lie between 0 and 1")
+        kind = self.corpus.partition(":")[0]
+        if kind not in ("stdlib", "text", "tfds") or (kind == "stdlib") != (self.corpus == kind):
+            raise UserError(
+                f"data.corpus={self.corpus}: unknown corpus; use stdlib, text:GLOB or "
+                "tfds:NAME[/CONFIG]"
+            )
+        kind, _, argument = self.tokenizer.partition(":")
+        if kind not in ("bpe", "gpt2") or (kind == "bpe" and not argument.isdigit()):
+            raise UserError(
+                f"data.tokenizer={self.tokenizer}: unknown tokenizer; use bpe:N, gpt2 or "
+                "gpt2:FOLDER"
+            )
+        if kind == "bpe" and int(argument) < 257:
+            raise UserError(
+                f"data.tokenizer={self.tokenizer}: a byte-level BPE needs at least 257 tokens "
+                "(256 bytes and end of text)"
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    beta1: float = _field(0.9, "Adam: decay of the mean of gradients")
+    beta2: float = _field(0.95, "Adam: decay of the mean of squared gradients")
+    eps: float = _field(1e-8, "Adam: added to the root of the second moment")
+    clip_norm: float = _field(1.0, "gradients are scaled down to this global norm")
+
+    def __post_init__(self):
+        _positive(self, "optim", "eps", "clip_norm")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}={getattr(self, name)}: must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    steps: int = _field(500, "optimiser updates; stage 2 starts after half of them")
+    recipes: tuple[str, ...] = _field(
+        ("report", "b158"), "hyper-parameter sets trained side by side, one replicate per seed each"
+    )
+    eval_every: int = _field(20, "steps between evaluations")
+    save_every: int = _field(100, "steps between checkpoints; the last two are kept")
+    checkpoint_every: int = _field(1000, "steps between checkpoints that are kept for good")
+    init: str | None = _field(
+        None, "start from fork:WORKDIR[@STEP[:REPLICATE]] instead of from scratch"
+    )
+
+    def __post_init__(self):
+        _positive(self, "run", "eval_every", "save_every", "checkpoint_every")
+        if self.steps < 2:
+            raise UserError(f"run.steps={self.steps}: two stages need at least 2 steps")
+        if not self.recipes:
+            raise UserError(f"run.recipes is empty; known: {', '.join(sorted(RECIPES))}")
+        for name in self.recipes:
+            if name not in RECIPES:
+                raise UserError(
+                    f"run.recipes: unknown recipe {name!r}; known: {', '.join(sorted(RECIPES))}"
+                )
+        if self.init is not None and not self.init.startswith("fork:"):
+            raise UserError(f"run.init={self.init}: use fork:WORKDIR[@STEP[:REPLICATE]]")
+
+    @property
+    def boundary(self) -> int:
+        """The last step of stage 1."""
+        return self.steps // 2
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@flax.struct.dataclass
+class Hyper:
+    """The numbers of one replicate. Scalars, or arrays of shape [R] once stacked."""
+
+    warmup_steps: float = _field(375.0, "steps of linear warm-up")
+    lr_peak: float = _field(1.5e-3, "learning rate at the end of warm-up")
+    lr_stage1_end: float = _field(1.0e-3, "learning rate at the stage boundary")
+    lr_stage2_start: float = _field(1.0e-3, "learning rate just after the boundary")
+    lr_final: float = _field(1.5e-6, "learning rate at the last step")
+    decoupled_1: float = _field(0.0, "decoupled weight decay (AdamW) in stage 1")
+    decoupled_2: float = _field(0.0, "decoupled weight decay (AdamW) in stage 2")
+    coupled_1: float = _field(0.0, "L2 added to the gradient before Adam (torch's Adam), stage 1")
+    coupled_2: float = _field(0.0, "L2 added to the gradient before Adam, stage 2")
+    decay_rest: float = _field(0.0, "share of the decay for embedding, head and norms (1: all)")
+    logit_scale: float = _field(1.0, "factor on the logits")
+    weight_quant: float = _field(1.0, "weight quantisation strength (0: none, 1: ternary)")
+    act_quant: float = _field(1.0, "activation quantisation strength (0: none, 1: int8)")
+
+
+HYPER_FIELDS = tuple(f.name for f in dataclasses.fields(Hyper))
+
+
+def _report_hyper(steps: int, **decay) -> Hyper:
+    warmup = 375 if steps // 2 > 375 else max(1, steps // 10)
+    return Hyper(warmup_steps=float(warmup), decay_rest=1.0, **decay)
+
+
+def _b158_hyper(steps: int) -> Hyper:
+    """Each stage follows the line from its peak at the end of warm-up to 0 at the last step."""
+    warmup = max(1, min(375, steps // 20))
+    left = (steps - steps // 2) / (steps - warmup)
+    return Hyper(
+        warmup_steps=float(warmup),
+        lr_peak=1.5e-3,
+        lr_stage1_end=1.5e-3 * left,
+        lr_stage2_start=1.0e-3 * left,
+        lr_final=0.0,
+        decoupled_1=0.1,
+        decoupled_2=0.0,
+    )
+
+
+RECIPES = {
+    "report": lambda steps: _report_hyper(steps, coupled_1=0.1, coupled_2=0.05),
+    "report_decoupled": lambda steps: _report_hyper(steps, decoupled_1=0.1, decoupled_2=0.05),
+    "b158": _b158_hyper,
+}
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """One member of a run: which recipe, which seeds, which numbers."""
+
+    name: str
+    seed: int
+    data_seed: int
+    hyper: Hyper
+
+
+PRESETS = {
+    "tiny": Config(
+        ModelConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=64),
+        DataConfig(tokenizer="bpe:300", seq_len=16, batch_size=4),
+        run=RunConfig(steps=20, eval_every=5, save_every=5, checkpoint_every=10),
+    ),
+    "quick": Config(),
+    "report": Config(
+        ModelConfig(layout="report", vocab_size=50257, tied_embedding=False, rope_theta=10_000.0),
+        DataConfig(
+            tokenizer="gpt2",
+            seq_len=32,
+            batch_size=4,
+            order="sequential",
+            eval_batches=4,
+            track="first_batch",
+            score_last=False,
+        ),
+        run=RunConfig(
+            steps=1000, recipes=("report", "report_decoupled"), eval_every=5, save_every=250
+        ),
+    ),
+    "b158": Config(
+        ModelConfig(),
+        DataConfig(tokenizer="gpt2", seq_len=32, batch_size=4, eval_batches=4),
+        run=RunConfig(steps=1000, recipes=("b158",), save_every=250),
+    ),
+    "125m": Config(
+        ModelConfig(
+            d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, d_ff=2048, dtype="bfloat16"
+        ),
+        DataConfig(tokenizer="gpt2", seq_len=1024, batch_size=32),
+        run=RunConfig(steps=10_000, recipes=("b158",), eval_every=100, save_every=500),
+    ),
+    "700m": Config(
+        ModelConfig(
+            d_model=1536, n_layers=24, n_heads=24, n_kv_heads=24, d_ff=4096, dtype="bfloat16"
+        ),
+        DataConfig(tokenizer="gpt2", seq_len=2048, batch_size=16),
+        run=RunConfig(steps=100_000, recipes=("b158",), eval_every=100, save_every=500),
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """Return a preset by name; raises UserError when there is none."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def override(cfg: Config, assignments: list[str]) -> tuple[Config, dict[str, float]]:
+    """Apply `section.field=value` strings; returns the Config and the overrides of `hyper.*`.
+
+    Raises UserError that names the field, the value and what is accepted.
+    """
+    sections: dict[str, dict] = {}
+    hyper: dict[str, float] = {}
+    for text in assignments:
+        path, equals, value = text.partition("=")
+        section, _, name = path.strip().partition(".")
+        if not equals or not name:
+            raise UserError(f"--set {text}: write it as section.field=value")
+        if section == "hyper":
+            _known(name, HYPER_FIELDS, "hyper")
+            hyper[name] = _parse(value, float, path)
+            continue
+        _known(section, ["model", "data", "optim", "run", "hyper"], "section")
+        part = getattr(cfg, section)
+        fields = {f.name: f for f in dataclasses.fields(part)}
+        _known(name, fields, section)
+        parsed = _parse(value, fields[name].type, path)
+        choices = fields[name].metadata["choices"]
+        if choices and parsed not in choices:
+            raise UserError(f"{path}={value}: use {' or '.join(choices)}")
+        sections.setdefault(section, {})[name] = parsed
+    changed = {k: replace(getattr(cfg, k), **v) for k, v in sections.items()}
+    return replace(cfg, **changed), hyper
+
+
+def make_replicates(
+    cfg: Config, seeds: list[int], hyper_overrides: dict[str, float]
+) -> list[Replicate]:
+    """One replicate per recipe and seed, seeds fastest; checks the schedules."""
+    replicates = [
+        Replicate(
+            name, seed, cfg.data.seed, RECIPES[name](cfg.run.steps).replace(**hyper_overrides)
+        )
+        for name in cfg.run.recipes
+        for seed in seeds
+    ]
+    for rep in replicates:
+        check_hyper(cfg.run, rep.hyper)
+    return replicates
+
+
+def check_hyper(run: RunConfig, hyper: Hyper) -> None:
+    """Raise UserError if the numbers of a replicate make no schedule."""
+    if not 0 <= hyper.warmup_steps <= run.boundary:
+        raise UserError(
+            f"hyper.warmup_steps={hyper.warmup_steps:g} lies past the stage boundary at step "
+            f"{run.boundary} (run.steps={run.steps}); use 0 to {run.boundary}"
+        )
+    for name in HYPER_FIELDS:
+        if not 0 <= getattr(hyper, name) < float("inf"):
+            raise UserError(f"hyper.{name}={getattr(hyper, name):g}: must be finite and at least 0")
+    for name in ("weight_quant", "act_quant"):
+        if getattr(hyper, name) > 1:
+            raise UserError(f"hyper.{name}={getattr(hyper, name):g}: must lie between 0 and 1")
+
+
+def stack_hypers(replicates: list[Replicate]) -> Hyper:
+    """Stack the numbers of R replicates into one Hyper of float32 arrays [R]."""
+    return Hyper(
+        **{
+            name: jnp.array([getattr(r.hyper, name) for r in replicates], jnp.float32)
+            for name in HYPER_FIELDS
+        }
+    )
+
+
+def to_json(cfg: Config, replicates: list[Replicate]) -> dict:
+    """The resolved configuration as plain JSON values."""
+    return {
+        **json.loads(json.dumps(dataclasses.asdict(cfg))),
+        "replicates": [dataclasses.asdict(rep) for rep in replicates],
+    }
+
+
+def from_json(tree: dict) -> tuple[Config, list[Replicate]]:
+    """Inverse of `to_json`; extra keys at the top (provenance) are ignored."""
+    parts = {}
+    for f in dataclasses.fields(Config):
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in tree[f.name].items()}
+        parts[f.name] = f.type(**values)
+    replicates = [Replicate(**{**r, "hyper": Hyper(**r["hyper"])}) for r in tree["replicates"]]
+    return Config(**parts), replicates
+
+
+def run_id(name: str, cfg: Config, replicates: list[Replicate]) -> str:
+    """`name` and eight hex digits of the resolved configuration."""
+    text = json.dumps(to_json(cfg, replicates), sort_keys=True)
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _known(name, names, kind):
+    if name not in names:
+        raise UserError(f"unknown {kind} field {name!r}; known: {', '.join(names)}")
+
+
+def _parse(text: str, kind, path: str):
+    if isinstance(kind, types.UnionType):
+        if text.lower() in ("none", "null", ""):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{path}={text}: expected true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{path}={text}: expected {wanted}") from None

@@ -1,0 +1,132 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, the progress bar, provenance."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from bitnet_jax.config import Replicate, UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
+
+
+def provenance() -> dict:
+    """Git commit and dirty flag, versions, device and command line."""
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cores": len(os.sched_getaffinity(0)),
+        "argv": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _git(*args: str) -> str | None:
+    """Output of a git command in this source tree; None where there is no git or no repository."""
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(["git", "-C", folder, *args], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def write_json(path: Path, tree) -> None:
+    """Write a JSON file so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(tree, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a jsonl file; a last line without its line break was cut off and is dropped.
+
+    Raises UserError that names the file and the line for any other line that is not an object.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text().split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not a JSON object ({error})") from error
+    return rows
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard; rows after `step` (left by an interrupted run) are dropped."""
+
+    def __init__(self, workdir: Path, step: int, replicates: list[Replicate]):
+        self.path = workdir / "metrics.jsonl"
+        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        temporary = self.path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, self.path)
+        self.resumed = bool(kept)
+        self.file = self.path.open("a")
+        self.boards = [
+            SummaryWriter(str(workdir / "tb" / f"{i}-{r.name}-{r.seed}"), purge_step=step + 1)
+            for i, r in enumerate(replicates)
+        ]
+
+    def write(self, rows: list[dict]) -> None:
+        """Append rows, at once for a reader and for a killed process."""
+        self.file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.file.flush()
+        for row in rows:
+            for key, value in row.items():
+                if "/" in key and isinstance(value, (int, float)):
+                    self.boards[row["replicate"]].add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        for board in self.boards:
+            board.close()
+
+
+class Progress:
+    """A bar over steps with the worst replicate's loss and unique tokens, and tokens per second."""
+
+    def __init__(self, step: int, steps: int, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.tokens, self.seconds, self.last = 0, 0.0, None
+        # In a log file a bar is redrawn on lines of its own: seldom is enough.
+        interval = 0.5 if sys.stderr.isatty() else 30
+        self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=interval, desc="train")
+
+    def update(self, step: int, rows: list[dict]) -> None:
+        """Move to `step`; the first call only starts the clock, so compilation does not count."""
+        done, now = step - self.bar.n, time.monotonic()
+        if self.last is not None:
+            self.tokens += done * self.tokens_per_step
+            self.seconds += now - self.last
+        self.last = now
+        evals = [row for row in rows if row["kind"] == "eval"]
+        worst = min(evals, key=lambda row: row["collapse/unique_tokens"])
+        self.bar.set_postfix_str(
+            f"worst: loss {worst['eval/loss']:.3f}, {worst['collapse/unique_tokens']} unique of "
+            f"{worst['collapse/unique_targets']} in the text, {worst['collapse/verdict']}; "
+            f"{self.tokens_per_second:,.0f} tok/s",
+            refresh=False,
+        )
+        self.bar.update(done)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,167 @@
+"""The BitNet b1.58 transformer: maths in functions, Linen modules that own parameters and names.
+
+Two layouts from one set of functions:
+
+b158    x += o(sub_norm(attention(q, k, v of norm(x))));  x += down(sub_norm(relu2(gate) * up))
+        (BitNet b1.58 2B4T, arXiv 2504.12285; transformers `models/bitnet`)
+report  x += o'(attention(qkv'(norm(x))));  x += down'(relu2(gate) * up), with l'(x) = l(norm_l(x))
+        (github.com/dcgrigsby/bitnet at 5f80475: a norm inside every BitLinear, fused projections)
+
+Shapes: B batch, L position, D width, H query heads, G key/value heads, K head width,
+F feed-forward, V vocabulary.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bitnet_jax import quant
+from bitnet_jax.config import Hyper, ModelConfig
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean x^2 + eps) * scale over the last axis, in float32, cast back."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (y * scale_D).astype(x.dtype)
+
+
+def rope(x_BLHK: jax.Array, theta: float) -> jax.Array:
+    """Rotate (first half, second half) pairs of each head by position (arXiv 2104.09864)."""
+    length, width = x_BLHK.shape[1], x_BLHK.shape[-1]
+    freq_K = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle_LK = jnp.arange(length, dtype=jnp.float32)[:, None] * freq_K
+    cos, sin = jnp.cos(angle_LK)[:, None, :], jnp.sin(angle_LK)[:, None, :]
+    a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
+
+
+def relu2_glu(gate_BLF: jax.Array, up_BLF: jax.Array) -> jax.Array:
+    """relu(gate)^2 * up."""
+    return jnp.square(nn.relu(gate_BLF)) * up_BLF
+
+
+def bit_linear(x: jax.Array, w_DF: jax.Array, hyper: Hyper) -> jax.Array:
+    """Quantised activations times quantised weights, in the type of `x`."""
+    w_q = quant.quantize_weight(w_DF, hyper.weight_quant, x.dtype)
+    return quant.quantize_activation(x, hyper.act_quant) @ w_q
+
+
+def kernel_init(cfg: ModelConfig):
+    """Initialiser of linear layers: N(0, 0.02), or U(+-1/sqrt(fan_in)) in the report layout."""
+    if cfg.layout == "b158":
+        return nn.initializers.normal(0.02)
+
+    def uniform(key, shape, dtype=jnp.float32):
+        bound = 1 / math.sqrt(shape[0])
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return uniform
+
+
+def embedding_init(cfg: ModelConfig):
+    """Initialiser of the embedding: N(0, 0.02), or N(0, 1) in the report layout."""
+    return nn.initializers.normal(0.02 if cfg.layout == "b158" else 1.0)
+
+
+class RMSNorm(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        return rms_norm(x, scale_D, self.cfg.norm_eps)
+
+
+class BitLinear(nn.Module):
+    cfg: ModelConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x, hyper):
+        if self.cfg.layout == "report":
+            x = RMSNorm(self.cfg, name="norm")(x)
+        shape = (x.shape[-1], self.features)
+        return bit_linear(x, self.param("kernel", kernel_init(self.cfg), shape, jnp.float32), hyper)
+
+
+class Attention(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, hyper):
+        cfg, width = self.cfg, self.cfg.d_model // self.cfg.n_heads
+        sizes = {"q": cfg.n_heads, "k": cfg.n_kv_heads, "v": cfg.n_kv_heads}
+        if cfg.layout == "report":
+            fused = BitLinear(cfg, sum(sizes.values()) * width, name="qkv")(x_BLD, hyper)
+            ends = (cfg.n_heads * width, (cfg.n_heads + cfg.n_kv_heads) * width)
+            parts = jnp.split(fused, ends, axis=-1)
+        else:
+            parts = [BitLinear(cfg, n * width, name=k)(x_BLD, hyper) for k, n in sizes.items()]
+        q_BLHK, k_BLGK, v_BLGK = (p.reshape(*p.shape[:2], -1, width) for p in parts)
+        y_BLHK = jax.nn.dot_product_attention(
+            rope(q_BLHK, cfg.rope_theta), rope(k_BLGK, cfg.rope_theta), v_BLGK, is_causal=True
+        )
+        y_BLD = y_BLHK.reshape(x_BLD.shape)
+        if cfg.layout == "b158":
+            y_BLD = RMSNorm(cfg, name="sub_norm")(y_BLD)
+        return BitLinear(cfg, cfg.d_model, name="o")(y_BLD, hyper)
+
+
+class FeedForward(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, hyper):
+        cfg = self.cfg
+        if cfg.layout == "report":
+            fused = BitLinear(cfg, 2 * cfg.d_ff, name="gate_up")(x_BLD, hyper)
+            h_BLF = relu2_glu(*jnp.split(fused, 2, axis=-1))
+        else:
+            gate_BLF = BitLinear(cfg, cfg.d_ff, name="gate")(x_BLD, hyper)
+            up_BLF = BitLinear(cfg, cfg.d_ff, name="up")(x_BLD, hyper)
+            h_BLF = RMSNorm(cfg, name="sub_norm")(relu2_glu(gate_BLF, up_BLF))
+        return BitLinear(cfg, cfg.d_model, name="down")(h_BLF, hyper)
+
+
+class Block(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, hyper):
+        h_BLD = RMSNorm(self.cfg, name="attn_norm")(x_BLD)
+        x_BLD = x_BLD + Attention(self.cfg, name="attn")(h_BLD, hyper)
+        h_BLD = RMSNorm(self.cfg, name="ffn_norm")(x_BLD)
+        return x_BLD + FeedForward(self.cfg, name="ffn")(h_BLD, hyper)
+
+
+class Transformer(nn.Module):
+    """tokens [B, L] -> float32 logits [B, L, V]."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BL, hyper):
+        cfg = self.cfg
+        shape = (cfg.vocab_size, cfg.d_model)
+        embed = nn.Embed(*shape, embedding_init=embedding_init(cfg), name="embed")
+        x_BLD = embed(tokens_BL).astype(cfg.dtype)
+        for i in range(cfg.n_layers):
+            x_BLD = Block(cfg, name=f"block_{i}")(x_BLD, hyper)
+        x_BLD = RMSNorm(cfg, name="final_norm")(x_BLD)
+        head_DV = embed.embedding.T if cfg.tied_embedding else Head(cfg, name="head")()
+        logits_BLV = jnp.dot(x_BLD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
+        return hyper.logit_scale * logits_BLV
+
+
+class Head(nn.Module):
+    """The untied output matrix; full precision, as the embedding."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self):
+        shape = (self.cfg.d_model, self.cfg.vocab_size)
+        return self.param("kernel", kernel_init(self.cfg), shape, jnp.float32)

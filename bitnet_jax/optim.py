@@ -1,0 +1,144 @@
+"""The optimiser: two-stage schedules, decay rules, the optax chain.
+
+Update n = 1..T; stage 1 is n <= T // 2. Everything numeric comes from `Hyper`, so a changed
+learning rate, decay or coupling compiles nothing.
+"""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bitnet_jax.config import Hyper, OptimConfig, RunConfig
+
+# Every parameter matches exactly one rule. Only `matrix` parameters are ternary, and only they are
+# decayed in full; the other groups get `hyper.decay_rest` of the decay.
+DECAY_RULES = (
+    (r"embed/embedding", "embedding"),
+    (r"head/kernel", "head"),
+    (r"block_\d+/(attn|ffn)/\w+/kernel", "matrix"),
+    (r"(\w+/)*\w*norm/scale", "norm"),
+)
+GROUPS = tuple(group for _, group in DECAY_RULES)
+
+
+def path_name(path) -> str:
+    """`block_0/attn/q/kernel` of a jax key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def param_groups(params) -> dict:
+    """Map every parameter to its group; raises ValueError unless exactly one rule matches."""
+
+    def group(path, _):
+        matches = [g for pattern, g in DECAY_RULES if re.fullmatch(pattern, path_name(path))]
+        if len(matches) != 1:
+            raise ValueError(f"parameter {path_name(path)} matches decay rules {matches}; needs 1")
+        return matches[0]
+
+    return jax.tree.map_with_path(group, params)
+
+
+def decay_table(params) -> list[str]:
+    """One line per parameter: path, shape, group and whether it is decayed."""
+    shapes = jax.tree.leaves_with_path(params)
+    groups = jax.tree.leaves(param_groups(params))
+    return [
+        f"{path_name(path):32} {'x'.join(map(str, p.shape)):>12}  {group:9} "
+        f"{'decayed' if group == 'matrix' else 'decay_rest'}"
+        for (path, p), group in zip(shapes, groups, strict=True)
+    ]
+
+
+def learning_rate(hyper: Hyper, n: jax.Array, run: RunConfig) -> jax.Array:
+    """Learning rate of update n: warm-up, a line to the boundary, a line to the last step."""
+    half, last = run.boundary, run.steps
+    n = jnp.asarray(n, jnp.float32)
+    warm = hyper.lr_peak * n / jnp.maximum(hyper.warmup_steps, 1.0)
+    left = (half - n) / jnp.maximum(half - hyper.warmup_steps, 1.0)
+    stage1 = hyper.lr_stage1_end + left * (hyper.lr_peak - hyper.lr_stage1_end)
+    left = (last - n) / (last - half)
+    stage2 = hyper.lr_final + left * (hyper.lr_stage2_start - hyper.lr_final)
+    return jnp.where(n <= hyper.warmup_steps, warm, jnp.where(n <= half, stage1, stage2))
+
+
+def by_stage(n: jax.Array, run: RunConfig, stage1: jax.Array, stage2: jax.Array) -> jax.Array:
+    """The value that update n uses."""
+    return jnp.where(n <= run.boundary, stage1, stage2)
+
+
+def _decay(rate: Callable, rest: jax.Array, groups) -> optax.GradientTransformation:
+    """Add rate * w to the updates of matrices and rest * rate * w to all others."""
+    matrix = jax.tree.map(lambda g: g == "matrix", groups)
+    other = jax.tree.map(lambda g: g != "matrix", groups)
+    return optax.chain(
+        optax.add_decayed_weights(rate, mask=matrix),
+        optax.add_decayed_weights(lambda count: rest * rate(count), mask=other),
+    )
+
+
+def make_optimizer(
+    cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups
+) -> optax.GradientTransformation:
+    """clip -> coupled decay -> Adam -> decoupled decay -> learning rate.
+
+    Before Adam's normaliser the decay is torch's `Adam(weight_decay=)`: a weight whose gradient is
+    smaller than decay * w moves towards 0 by about the learning rate per step. After it, the decay
+    is AdamW's (arXiv 1711.05101): w shrinks by lr * decay * w.
+    """
+
+    def coupled(count):
+        return by_stage(count + 1, run, hyper.coupled_1, hyper.coupled_2)
+
+    def decoupled(count):
+        return by_stage(count + 1, run, hyper.decoupled_1, hyper.decoupled_2)
+
+    return optax.named_chain(
+        ("clip", optax.clip_by_global_norm(cfg.clip_norm)),
+        ("coupled", _decay(coupled, hyper.decay_rest, groups)),
+        ("adam", optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)),
+        ("decoupled", _decay(decoupled, hyper.decay_rest, groups)),
+        ("lr", optax.scale_by_learning_rate(lambda count: learning_rate(hyper, count + 1, run))),
+    )
+
+
+def last_update(
+    cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups, params, opt_state, n: jax.Array
+):
+    """The n-th update, which led to `params`, recovered from Adam's moments after it.
+
+    With a the Adam direction and d the decoupled decay, u = -lr (a + d w) and params = w + u, so
+    w = (params + lr a) / (1 - lr d). Cheaper than carrying updates through the scan of a chunk.
+    """
+    lr = learning_rate(hyper, n, run)
+    decay = by_stage(n, run, hyper.decoupled_1, hyper.decoupled_2)
+    mu = optax.tree.bias_correction(opt_state["adam"].mu, cfg.beta1, n)
+    nu = optax.tree.bias_correction(opt_state["adam"].nu, cfg.beta2, n)
+
+    def update(group, param, m, v):
+        a = m / (jnp.sqrt(v) + cfg.eps)
+        d = decay if group == "matrix" else decay * hyper.decay_rest
+        return -lr * (a + d * (param + lr * a) / (1 - lr * d))
+
+    return jax.tree.map(update, groups, params, mu, nu)
+
+
+def starved_weight(w0: np.ndarray, cfg: OptimConfig, run: RunConfig, hyper: Hyper) -> np.ndarray:
+    """Where weights end that start at `w0` and receive nothing but coupled decay, float64.
+
+    The scalar Adam recursion (Kingma & Ba 2015, algorithm 1) with gradient decay_n * w: what
+    happens to the embedding rows of tokens that the batches do not contain.
+    """
+    w = np.array(w0, np.float64)
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    lr = np.asarray(learning_rate(hyper, np.arange(1, run.steps + 1), run), np.float64)
+    for n in range(1, run.steps + 1):
+        g = (hyper.coupled_1 if n <= run.boundary else hyper.coupled_2) * hyper.decay_rest * w
+        m = cfg.beta1 * m + (1 - cfg.beta1) * g
+        v = cfg.beta2 * v + (1 - cfg.beta2) * g * g
+        m_hat, v_hat = m / (1 - cfg.beta1**n), v / (1 - cfg.beta2**n)
+        w = w - lr[n - 1] * m_hat / (np.sqrt(v_hat) + cfg.eps)
+    return w

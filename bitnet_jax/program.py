@@ -1,0 +1,173 @@
+"""Everything a run holds fixed: tokens, devices, the start state and the compiled functions."""
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_jax import checkpoint, config, data, reference, sharding, train
+from bitnet_jax.config import Config, Replicate, UserError
+
+DEVICE_BYTES = 1 << 30  # a larger training split stays on the host
+
+
+@dataclass(frozen=True)
+class Program:
+    """Replicates on their devices; arrays of R replicates have a leading axis [R]."""
+
+    cfg: Config
+    replicates: list[Replicate]
+    tokens: data.TokenData
+    references: dict  # of reference.references
+    mesh: jax.sharding.Mesh
+    hyper: config.Hyper
+    evals: train.EvalData
+    train_N: jax.Array | None  # the training split on the device; None: windows are cut on the host
+
+    def init(self) -> train.TrainState:
+        """All replicates at step 0, created where they live."""
+        seeds = jnp.array([r.seed for r in self.replicates], jnp.uint32)
+        return jax.jit(_init_fn(self.cfg), out_shardings=self.state_sharding)(self.hyper, seeds)
+
+    @functools.cached_property
+    def state_sharding(self):
+        """Where the leaves of the state live."""
+        return sharding.state_sharding(self.mesh, self._state_shapes)
+
+    @functools.cached_property
+    def abstract_state(self):
+        """Shapes, types and shardings of the state."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self._state_shapes,
+            self.state_sharding,
+        )
+
+    @functools.cached_property
+    def _state_shapes(self):
+        seeds = jax.ShapeDtypeStruct(self.hyper.lr_peak.shape, jnp.uint32)
+        return jax.eval_shape(_init_fn(self.cfg), self.hyper, seeds)
+
+    @functools.cached_property
+    def train_chunk(self):
+        """(state, batches) -> (state, train numbers, eval numbers); the state is donated."""
+        chunk = train.make_train_chunk(self.cfg, self.tokens.tokenizer.end_of_text)
+        # Pinned, because the compiler may otherwise return the state under other shardings.
+        out = (self.state_sharding, sharding.replicated(self.mesh), sharding.replicated(self.mesh))
+        compiled = jax.jit(chunk, donate_argnums=0, out_shardings=out)
+        return lambda state, batches: compiled(state, self.hyper, self.evals, self.train_N, batches)
+
+    @functools.cached_property
+    def evaluate(self):
+        """state -> eval numbers."""
+        compiled = jax.jit(train.make_eval(self.cfg, self.tokens.tokenizer.end_of_text))
+        return lambda state: compiled(state, self.hyper, self.evals)
+
+    def batches(self, start: int, end: int) -> jax.Array:
+        """Window ids, or windows, of the steps start + 1 .. end for every replicate."""
+        n = data.n_windows(len(self.tokens.train_N), self.cfg.data.seq_len)
+        ids_RKB = np.array(
+            [
+                [
+                    data.window_ids(self.cfg.data, n, rep.data_seed, step)
+                    for step in range(start, end)
+                ]
+                for rep in self.replicates
+            ]
+        )
+        if self.train_N is None:
+            ids_RKB = data.gather(self.tokens.train_N, ids_RKB, self.cfg.data.seq_len)
+        return jax.device_put(ids_RKB, sharding.by_replicate(self.mesh))
+
+
+def _init_fn(cfg):
+    return jax.vmap(lambda hyper, seed: train.init_state(cfg, hyper, seed))
+
+
+def resolve_vocab(cfg: Config, vocab_size: int) -> Config:
+    """Fill in or check `model.vocab_size` against the tokenizer's."""
+    if cfg.model.vocab_size not in (None, vocab_size):
+        raise UserError(
+            f"model.vocab_size={cfg.model.vocab_size}, but tokenizer {cfg.data.tokenizer} has "
+            f"{vocab_size} tokens; set model.vocab_size={vocab_size} or none"
+        )
+    return replace(cfg, model=replace(cfg.model, vocab_size=vocab_size))
+
+
+def build(cfg: Config, replicates: list[Replicate]) -> Program:
+    """Load the corpus and place everything on the devices."""
+    tokens = data.load(cfg.data)
+    cfg = resolve_vocab(cfg, tokens.tokenizer.vocab_size)
+    held_out_NBL = data.eval_blocks(cfg.data, tokens.validation_N)
+    tracked_BL = None
+    if cfg.data.track == "first_batch":
+        tracked_BL = data.first_batch(cfg.data, tokens.train_N, replicates[0].data_seed)
+    flat = held_out_NBL.reshape(-1, held_out_NBL.shape[-1])
+    weights = data.score_weights(flat, tokens.tokenizer.end_of_text, True)
+    references = reference.references(
+        tokens.train_N,
+        cfg.model.vocab_size,
+        flat,
+        weights,
+        flat if tracked_BL is None else tracked_BL,
+    )
+    unigram_V = reference.unigram_probs(tokens.train_N, cfg.model.vocab_size)
+
+    mesh = sharding.make_mesh(len(replicates), cfg.data.batch_size)
+    everywhere = sharding.replicated(mesh)
+    hyper = jax.device_put(config.stack_hypers(replicates), sharding.by_replicate(mesh))
+    evals = train.EvalData(
+        held_out_NBL,
+        tracked_BL,
+        unigram_V.astype(np.float32),
+        tokens.tokenizer.token_bytes_V.astype(np.float32),
+    )
+    on_device = cfg.data.gather == "device" or (
+        cfg.data.gather == "auto" and tokens.train_N.nbytes <= DEVICE_BYTES
+    )
+    return Program(
+        cfg,
+        replicates,
+        tokens,
+        references,
+        mesh,
+        hyper,
+        jax.device_put(evals, everywhere),
+        jax.device_put(np.asarray(tokens.train_N), everywhere) if on_device else None,
+    )
+
+
+def start_state(program: Program, workdir: Path) -> tuple[train.TrainState, int]:
+    """Where training starts, in this order: resume this workdir, fork another, from scratch."""
+    steps = checkpoint.kept_steps(workdir)
+    if steps:
+        return checkpoint.restore(workdir, steps[-1], program.abstract_state), steps[-1]
+    if program.cfg.run.init:
+        return fork_state(program, program.cfg.run.init.removeprefix("fork:"))
+    return program.init(), 0
+
+
+def fork_state(program: Program, source: str) -> tuple[train.TrainState, int]:
+    """Restore WORKDIR[@STEP[:REPLICATE]]: all replicates, or one copied to all of this run's."""
+    folder, _, place = source.partition("@")
+    step_text, _, index = place.partition(":")
+    steps = checkpoint.kept_steps(Path(folder))
+    if not all(part.isdigit() for part in (step_text, index) if part):
+        raise UserError(f"run.init=fork:{source}: write it as fork:WORKDIR[@STEP[:REPLICATE]]")
+    if not steps:
+        raise UserError(f"run.init=fork:{source}: no checkpoints in {folder}")
+    step = int(step_text) if step_text else steps[-1]
+    if step >= program.cfg.run.steps:
+        raise UserError(
+            f"run.init=fork:{source}: step {step} is past run.steps={program.cfg.run.steps}"
+        )
+    if not index:
+        return checkpoint.restore(Path(folder), step, program.abstract_state), step
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state)
+    state = checkpoint.restore_replicate(Path(folder), step, int(index), one)
+    n_rep = len(program.replicates)
+    copies = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), state)
+    return jax.device_put(copies, program.state_sharding), step

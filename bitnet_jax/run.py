@@ -1,0 +1,265 @@
+"""Train R replicates from start or resume to the report page: start-up, loop, duties."""
+
+import contextlib
+import errno
+import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from bitnet_jax import checkpoint, collapse, config, generate, log, optim, report
+from bitnet_jax import program as programs
+from bitnet_jax.config import Config, Replicate, UserError
+from bitnet_jax.program import Program
+
+N_PROMPTS = 3  # held-out beginnings that every replicate continues on the page
+
+
+class TrainingFailed(Exception):
+    """A loss or gradient that is not finite: shown as one line, exit status 1."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM after the state was saved; exit status 128 + signal."""
+
+    def __init__(self, text: str, signum: int):
+        super().__init__(text)
+        self.signum = signum
+
+
+def run(cfg: Config, replicates: list[Replicate], workdir: Path, *, resume: bool = False) -> dict:
+    """Train all replicates and write the workdir; returns the content of summary.json.
+
+    Raises UserError for a mistake in the request, TrainingFailed on NaN or inf, Interrupted after a
+    signal. A resumed run ends bitwise as one that was never stopped.
+    """
+    prepare_workdir(workdir, resume)
+    try:
+        program = programs.build(cfg, replicates)
+        settings = config.to_json(program.cfg, replicates)
+        check_same(workdir, settings)
+        with jax.set_mesh(program.mesh):
+            return _train(program, settings, workdir)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise UserError(f"{workdir}: cannot write: {error.strerror}") from error
+        raise
+
+
+def prepare_workdir(workdir: Path, resume: bool) -> None:
+    """Create the folder; refuse one in use unless resuming."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        used = any(workdir.iterdir())
+        (workdir / ".writable").touch()
+        (workdir / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be used as workdir: {error.strerror}") from error
+    if used and not resume:
+        raise UserError(f"{workdir}: not empty; add --resume to go on, or give another --workdir")
+
+
+def check_same(workdir: Path, settings: dict) -> None:
+    """Raise UserError naming the first setting in which a resumed run differs from its workdir."""
+    if not (workdir / "config.json").exists():
+        return
+    saved = json.loads((workdir / "config.json").read_text())
+    if saved["replicates"] != settings["replicates"]:
+        raise UserError(f"{workdir}: was started with other recipes, seeds or hyper.* values")
+    for section in ("model", "data", "optim", "run"):
+        for name, value in settings[section].items():
+            if saved[section].get(name) != value:
+                raise UserError(
+                    f"{workdir}: was started with {section}.{name}={saved[section].get(name)}, "
+                    f"not {value}; resume with the same settings"
+                )
+
+
+def chunk_ends(run: config.RunConfig) -> list[int]:
+    """Steps after which the host looks: evaluations, checkpoints, the boundary and the end."""
+    ends = {run.boundary, run.steps}
+    for every in (run.eval_every, run.save_every, run.checkpoint_every):
+        ends.update(range(every, run.steps, every))
+    return sorted(ends)
+
+
+def _train(program: Program, settings: dict, workdir: Path) -> dict:
+    cfg = program.cfg
+    manager = checkpoint.open_manager(workdir, cfg.run)
+    state, start = programs.start_state(program, workdir)
+    _describe(program, settings, workdir)
+    metrics = log.Metrics(workdir, start, program.replicates)
+    tokens_per_step = len(program.replicates) * cfg.data.batch_size * cfg.data.seq_len
+    progress = log.Progress(start, cfg.run.steps, tokens_per_step)
+    make_rows = _row_maker(program)
+
+    def emit(step, trained, evaluated):
+        trained, evaluated = jax.device_get((trained, evaluated))
+        if trained and trained["failed"].any():
+            raise TrainingFailed(_describe_failure(program, workdir, trained, state))
+        rows = make_rows(step, trained, evaluated)
+        metrics.write(rows)
+        progress.update(step, rows)
+
+    ends = [end for end in chunk_ends(cfg.run) if end > start]
+    spans = list(zip([start, *ends[:-1]], ends, strict=True))
+    pending = None  # the numbers of a chunk are read while the next one runs
+    with contextlib.ExitStack() as stack:
+        for resource in (metrics, progress, manager):
+            stack.callback(resource.close)
+        stopped = stack.enter_context(_signals())
+        prefetch = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+        if not metrics.resumed:
+            emit(start, {}, program.evaluate(state))
+        batches = prefetch.submit(program.batches, *spans[0]) if spans else None
+        for i, (_, end) in enumerate(spans):
+            state, trained, evaluated = program.train_chunk(state, batches.result())
+            if i + 1 < len(spans):
+                batches = prefetch.submit(program.batches, *spans[i + 1])
+            if pending:
+                emit(*pending)
+            pending = (end, trained, evaluated)
+            if stopped or _is_save_step(cfg.run, end):
+                emit(*pending)
+                pending = None
+                checkpoint.save(manager, end, state, settings)
+            if stopped and end < cfg.run.steps:
+                raise Interrupted(
+                    f"stopped at step {end} and saved; go on with --resume --workdir {workdir}",
+                    stopped[0],
+                )
+    summary = {
+        "step": cfg.run.steps,
+        "finished": True,
+        "wall_seconds": round(progress.seconds, 1),
+        "tokens_per_second": round(progress.tokens_per_second, 1),
+        "replicates": _final(program, state, workdir),
+    }
+    log.write_json(workdir / "summary.json", summary)
+    report.write_report(workdir)
+    return summary
+
+
+def _is_save_step(run: config.RunConfig, step: int) -> bool:
+    at = (run.boundary, run.steps)
+    return step in at or step % run.save_every == 0 or step % run.checkpoint_every == 0
+
+
+@contextlib.contextmanager
+def _signals():
+    """Collect SIGINT and SIGTERM in a list instead of dying; a second one of a kind kills."""
+    received: list[int] = []
+
+    def note(signum, frame):
+        received.append(signum)
+        signal.signal(signum, previous[signum])
+
+    previous = {}
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        previous[signum] = signal.signal(signum, note)
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _describe(program: Program, settings: dict, workdir: Path) -> None:
+    """Write config.json, and print what will be trained."""
+    one = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state.params
+    )
+    n_params = sum(x.size for x in jax.tree.leaves(one))
+    table = optim.decay_table(one)
+    print("\n".join(table))
+    tokens = len(program.tokens.train_N)
+    print(
+        f"{len(program.replicates)} replicates of {n_params:,} parameters on {program.mesh.size} x "
+        f"{jax.devices()[0].device_kind}; {tokens:,} training tokens; {workdir}"
+    )
+    if not (workdir / "config.json").exists():
+        described = settings | {
+            "provenance": log.provenance(),
+            "corpus": program.tokens.identity,
+            "references": program.references,
+            "n_params": n_params,
+            "decay_table": table,
+        }
+        log.write_json(workdir / "config.json", described)
+
+
+def _row_maker(program: Program):
+    """Return a function from the numbers of one chunk to rows of plain values."""
+    cfg, replicates = program.cfg, program.replicates
+    steps = np.arange(cfg.run.steps + 1)
+    sum_lr = [np.cumsum(optim.learning_rate(r.hyper, steps, cfg.run)) for r in replicates]
+
+    def plain(x):
+        return int(x) if np.issubdtype(x.dtype, np.integer) else float(f"{x:.7g}")
+
+    def make_rows(step, trained, evaluated):
+        rows = []
+        for kind, numbers in (("train", trained), ("eval", evaluated)):
+            for i in range(len(replicates) if numbers else 0):
+                values = {k: plain(v[i]) for k, v in sorted(numbers.items()) if "/" in k}
+                if kind == "train":
+                    values["train/tokens"] = step * cfg.data.batch_size * cfg.data.seq_len
+                else:
+                    values["collapse/verdict"] = collapse.verdict(
+                        values, program.references, sum_lr[i][step]
+                    )
+                rows.append({"step": step, "replicate": i, "kind": kind} | values)
+        return rows
+
+    return make_rows
+
+
+def _describe_failure(program: Program, workdir: Path, trained: dict, state) -> str:
+    """One line: step, replicate, first tensor that is not finite, last good checkpoint.
+
+    The parameters are still those that met the failure. The gradient flows from the output back, so
+    of several bad gradients the one nearest to the output is named.
+    """
+    i = int(np.argmax(trained["failed"] > 0))
+    step = int(trained["failed"][i])
+    rep = program.replicates[i]
+    names = [optim.path_name(path) for path, _ in jax.tree.leaves_with_path(state.params)]
+    leaves = [np.asarray(x[i]) for x in jax.tree.leaves(state.params)]
+    bad = [name for name, leaf in zip(names, leaves, strict=True) if not np.isfinite(leaf).all()]
+    k = trained["losses"].shape[1] - 1 - (int(state.step[i]) - step) % trained["losses"].shape[1]
+    if bad:
+        what = f"parameter {bad[0]}"
+    elif not np.isfinite(trained["losses"][i, k]):
+        largest = max(zip(names, leaves, strict=True), key=lambda pair: np.abs(pair[1]).max())
+        what = f"the loss (largest parameter: {largest[0]}, {np.abs(largest[1]).max():.3g})"
+    else:
+        finite = trained["grad_finite"][i, k]
+        what = f"the gradient of {[n for n, ok in zip(names, finite, strict=True) if not ok][-1]}"
+    steps = checkpoint.kept_steps(workdir)
+    kept = f"last good checkpoint: step {steps[-1]}" if steps else "no checkpoint yet"
+    return f"step {step}, replicate {i} ({rep.name}, seed {rep.seed}): {what} is not finite; {kept}"
+
+
+def _final(program: Program, state, workdir: Path) -> list[dict]:
+    """Last verdict and greedy continuations of held-out beginnings, per replicate."""
+    tokenizer, length = program.tokens.tokenizer, program.cfg.data.seq_len
+    windows = np.asarray(program.evals.held_out_NBL).reshape(-1, length + 1)
+    picks = windows[np.linspace(0, len(windows) - 1, N_PROMPTS).astype(int)]
+    prompts_BP = picks[:, : length // 2]
+    new_RBL = jax.device_get(
+        generate.greedy(program.cfg, state.params, program.hyper, prompts_BP, length // 2)
+    )
+    rows = log.read_rows(workdir / "metrics.jsonl")
+    final = []
+    for i, rep in enumerate(program.replicates):
+        evals = [row for row in rows if row["kind"] == "eval" and row["replicate"] == i]
+        pairs = zip(prompts_BP, new_RBL[i], strict=True)
+        texts = [{"prompt": tokenizer.decode(p), "text": tokenizer.decode(t)} for p, t in pairs]
+        verdict = evals[-1]["collapse/verdict"]
+        final.append(
+            {"name": rep.name, "seed": rep.seed, "verdict": verdict, "continuations": texts}
+        )
+    return final

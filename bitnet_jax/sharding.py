@@ -1,0 +1,58 @@
+"""Where arrays live: a mesh of (replicate, data), one rule for state, batches split over `data`."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MIN_SHARDED = 2**18  # parameters with fewer elements are copied to every device of a replicate
+
+
+def make_mesh(n_replicates: int, batch_size: int, devices: list | None = None) -> Mesh:
+    """Spread replicates over devices first, then split each replicate's batch.
+
+    Uses the largest number of devices that divides both evenly. Axes are Auto: with the default
+    Explicit axes `nn.Embed` needs an out_sharding.
+    """
+    devices = jax.devices() if devices is None else devices
+    n_rep = math.gcd(n_replicates, len(devices))
+    n_data = math.gcd(batch_size, len(devices) // n_rep)
+    return jax.make_mesh(
+        (n_rep, n_data),
+        ("replicate", "data"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=devices[: n_rep * n_data],
+    )
+
+
+def leaf_spec(shape: tuple[int, ...], n_data: int) -> P:
+    """Leading axis over `replicate`; of large leaves the largest divisible axis over `data`."""
+    spec: list[str | None] = ["replicate"] + [None] * (len(shape) - 1)
+    divisible = [i for i in range(1, len(shape)) if shape[i] % n_data == 0]
+    if divisible and math.prod(shape[1:]) >= MIN_SHARDED:
+        spec[max(divisible, key=lambda i: shape[i])] = "data"
+    return P(*spec)
+
+
+def state_sharding(mesh: Mesh, abstract_state):
+    """NamedShardings for a state of shapes [R, ...]."""
+    n_data = mesh.shape["data"]
+    return jax.tree.map(lambda x: NamedSharding(mesh, leaf_spec(x.shape, n_data)), abstract_state)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same values on every device."""
+    return NamedSharding(mesh, P())
+
+
+def by_replicate(mesh: Mesh) -> NamedSharding:
+    """Leading axis over the replicates' devices."""
+    return NamedSharding(mesh, P("replicate"))
+
+
+def split_batch(windows_BL: jax.Array) -> jax.Array:
+    """Split the windows of one replicate over the `data` axis of the mesh in use, if any."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return windows_BL
+    return jax.lax.with_sharding_constraint(windows_BL, P("data"))

@@ -1,0 +1,1 @@
+"""Experiments: one script per question; each docstring gives its command and expected answer."""
