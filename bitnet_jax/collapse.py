@@ -117,7 +117,7 @@ def verdict(row: dict, references: dict, sum_lr: float) -> str:
 
     `row` holds the keys of `finalize`, `references` those of `reference.references`, and `sum_lr`
     is the sum of the learning rate so far, the yardstick of how far weights can have moved: healthy
-    runs pass the unigram phase by about 0.03. Distinct tokens decide nothing. In order of precedence:
+    runs pass the unigram phase by about 0.03. Distinct tokens decide nothing. First match:
 
     nonfinite        loss or entropy is NaN or inf
     healthy          loss below the unigram's, predictions depend on the context
