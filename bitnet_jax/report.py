@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from bitnet_jax.charts import PALETTE, Series, line_chart, phase_portrait
 from bitnet_jax.config import UserError
+from bitnet_jax.log import read_rows
 
 # Verdicts (or parts of one) that say so, without hyphens and underscores.
 DIVERGED = ("diverge", "nonfinite")
@@ -52,22 +53,6 @@ CHARTS = (  # key, or its prefix ending in _; title; unit; reference lines; log 
     ("train/lr", "Learning rate", "per step", "", False),
     ("train/grad_norm", "Gradient norm", "before clipping", "", True),
 )
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Read a jsonl file; a torn last line is dropped, any other bad line is a UserError."""
-    rows = []
-    lines = Path(path).read_bytes().rstrip().split(b"\n") if Path(path).exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif number < len(lines):
-            raise UserError(f"{path}, line {number}: not a JSON object: {line[:60]!r}")
-    return rows
 
 
 # ---------------------------------------------------------------------------------- the headline

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, fast compiles, and a corpus and a configuration small enough for tests."""
+"""Eight virtual CPU devices, fast compiles, and a corpus small enough for tests."""
 
 import dataclasses
 

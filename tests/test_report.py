@@ -267,7 +267,7 @@ def test_torn_last_line_is_dropped_and_a_bad_line_is_named(tmp_path):
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3, "na\xc3')
     assert [row["step"] for row in report.read_rows(path)] == [1, 2]
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         report.read_rows(path)
     assert report.read_rows(tmp_path / "absent.jsonl") == []
 

@@ -1,0 +1,37 @@
+# make setup | train | test | lint | format | clean
+# PYTHON=python3.12 picks the interpreter; ACCEL=cuda13 or ACCEL=tpu installs jax for that device.
+
+PYTHON ?= python3
+ACCEL ?= cpu
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/installed-$(ACCEL)
+
+.PHONY: setup train test lint format clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt
+	@case "$(ACCEL)" in cpu|cuda13|tpu) ;; *) echo "ACCEL=$(ACCEL): use cpu, cuda13 or tpu" >&2; exit 2;; esac
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt $(if $(filter-out cpu,$(ACCEL)),"jax[$(ACCEL)]")
+	touch $@
+
+train: setup
+	$(RUN) -m experiments.train --resume
+
+test: lint
+	$(RUN) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
