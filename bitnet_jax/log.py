@@ -56,12 +56,12 @@ def read_rows(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_text().split("\n")
+    *lines, _ = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UserError(f"{path}:{number}: not a JSON object ({error})") from error
     return rows
 

@@ -41,7 +41,12 @@ def run(cfg: Config, replicates: list[Replicate], workdir: Path, *, resume: bool
         program = programs.build(cfg, replicates)
         settings = config.to_json(program.cfg, replicates)
         check_same(workdir, settings)
-        with jax.set_mesh(program.mesh):
+        if (workdir / "summary.json").exists():
+            print(f"{workdir}: finished before; remove it to train again")
+            return json.loads((workdir / "summary.json").read_text())
+        # float32 means float32: by default a TPU multiplies it in bfloat16 and a GPU in TF32.
+        precision = "float32" if program.cfg.model.dtype == "float32" else "default"
+        with jax.set_mesh(program.mesh), jax.default_matmul_precision(precision):
             return _train(program, settings, workdir)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):

@@ -17,16 +17,23 @@ from bitnet_jax.run import Interrupted, TrainingFailed
 class Request:
     """What the user asked for."""
 
+    preset: str
     cfg: Config
     replicates: list[Replicate]
     workdir: Path
     resume: bool
 
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops"  # a GPU resumes bitwise only with it
+
+
 def main(doc: str, name: str, default_preset: str, body: Callable[[Request], None]) -> None:
     """Parse the command line and call `body`; mistakes become one line and an exit status."""
     # Orbax warns about files that it does not need; errors still show.
     absl.logging.set_verbosity(absl.logging.ERROR)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISTIC not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()
     try:
         body(parse(doc, name, default_preset, sys.argv[1:]))
     except UserError as error:
@@ -69,7 +76,7 @@ def parse(doc: str, name: str, default_preset: str, argv: list[str]) -> Request:
     cfg, hyper = config.override(config.preset(args.preset), args.overrides)
     replicates = config.make_replicates(cfg, parse_seeds(args.seeds), hyper)
     workdir = args.workdir or Path("runs") / config.run_id(name, cfg, replicates)
-    return Request(cfg, replicates, workdir, args.resume)
+    return Request(args.preset, cfg, replicates, workdir, args.resume)
 
 
 def parse_seeds(text: str) -> list[int]:

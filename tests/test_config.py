@@ -1,0 +1,252 @@
+"""Configuration: every mistake is one clear line, every run has one name, every recipe a schedule."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from bitnet_jax import config
+from bitnet_jax.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, UserError
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
+
+
+def test_overrides_are_parsed_to_the_type_of_the_field():
+    cfg, hyper = config.override(
+        Config(),
+        [
+            "model.d_model=64",
+            "model.rope_theta=1e4",
+            "model.tied_embedding=False",
+            "model.layout=report",
+            "model.vocab_size=300",
+            "run.recipes=report, report_decoupled",
+            "run.init=fork:runs/a@10",
+            "hyper.lr_peak=2e-3",
+        ],
+    )
+    model = ModelConfig(
+        layout="report", vocab_size=300, d_model=64, tied_embedding=False, rope_theta=10_000.0
+    )
+    run = RunConfig(recipes=("report", "report_decoupled"), init="fork:runs/a@10")
+    assert cfg == Config(model=model, run=run)
+    assert isinstance(cfg.model.rope_theta, float)
+    assert hyper == {"lr_peak": 2e-3}
+
+
+@pytest.mark.parametrize("text", ["none", "None", "null", ""])
+def test_optional_fields_can_be_cleared(text):
+    cfg, _ = config.override(config.preset("report"), [f"model.vocab_size={text}"])
+    assert cfg.model.vocab_size is None
+
+
+def test_a_value_may_contain_an_equals_sign():
+    cfg, _ = config.override(Config(), ["data.corpus=text:a=b/*.txt"])
+    assert cfg.data.corpus == "text:a=b/*.txt"
+
+
+def test_fields_of_a_section_change_together():
+    """Width 96 alone does not fit 5 heads of even width, nor 5 heads width 256: only both do."""
+    both = ["model.n_heads=5", "model.n_kv_heads=5", "model.d_model=80"]
+    cfg, _ = config.override(Config(), both)
+    assert (cfg.model.n_heads, cfg.model.d_model) == (5, 80)
+    with pytest.raises(UserError):
+        config.override(Config(), both[:2])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "mentions"),
+    [
+        ("modle.d_model=64", ["modle", "model, data, optim, run, hyper"]),
+        ("model.width=64", ["width", "d_model", "n_layers", "layout"]),
+        ("hyper.lr=1", ["'lr'", "lr_peak", "act_quant"]),
+        ("model.d_model=wide", ["model.d_model", "wide", "a whole number"]),
+        ("model.d_model=1.5", ["model.d_model", "1.5", "a whole number"]),
+        ("model.rope_theta=big", ["model.rope_theta", "big", "a number"]),
+        ("model.vocab_size=many", ["model.vocab_size", "many", "a whole number"]),
+        ("hyper.lr_peak=hot", ["hyper.lr_peak", "hot", "a number"]),
+        ("data.score_last=yes", ["data.score_last", "yes", "true or false"]),
+        ("model.layout=gpt", ["model.layout", "gpt", "b158 or report"]),
+        ("model.dtype=float16", ["model.dtype", "float16", "float32 or bfloat16"]),
+        ("data.order=random", ["data.order", "random", "shuffled or sequential"]),
+        ("model.d_model", ["model.d_model", "section.field=value"]),
+        ("d_model=64", ["d_model=64", "section.field=value"]),
+        ("=", ["section.field=value"]),
+    ],
+)
+def test_a_bad_override_names_what_was_given_and_what_is_accepted(assignment, mentions):
+    with pytest.raises(UserError) as caught:
+        config.override(Config(), [assignment])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in mentions if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "mentions"),
+    [
+        ("model", {"n_heads": 3, "n_kv_heads": 3}, ["n_heads=3", "d_model=256"]),
+        ("model", {"d_model": 12}, ["n_heads=4", "d_model=12", "even"]),
+        ("model", {"n_kv_heads": 3}, ["n_kv_heads=3", "n_heads=4"]),
+        ("model", {"n_layers": 0}, ["n_layers=0", "positive"]),
+        ("model", {"d_ff": -1}, ["d_ff=-1", "positive"]),
+        ("model", {"n_kv_heads": 0}, ["n_kv_heads=0", "positive"]),
+        ("model", {"vocab_size": 1}, ["vocab_size=1", "2"]),
+        ("data", {"batch_size": 0}, ["batch_size=0", "positive"]),
+        ("data", {"seq_len": 1}, ["seq_len=1", "2"]),
+        ("data", {"holdout": 0.0}, ["holdout=0.0", "between 0 and 1"]),
+        ("data", {"holdout": math.nan}, ["holdout=nan", "between 0 and 1"]),
+        ("data", {"corpus": "wiki"}, ["corpus=wiki", "stdlib", "text:GLOB", "tfds:NAME"]),
+        ("data", {"corpus": "text"}, ["corpus=text", "text:GLOB"]),
+        ("data", {"corpus": "stdlib:x"}, ["corpus=stdlib:x", "stdlib"]),
+        ("data", {"tokenizer": "word"}, ["tokenizer=word", "bpe:N", "gpt2"]),
+        ("data", {"tokenizer": "bpe:many"}, ["tokenizer=bpe:many", "bpe:N"]),
+        ("data", {"tokenizer": "bpe:256"}, ["tokenizer=bpe:256", "257"]),
+        ("optim", {"eps": 0.0}, ["eps=0.0", "positive"]),
+        ("optim", {"clip_norm": -1.0}, ["clip_norm=-1.0", "positive"]),
+        ("optim", {"beta2": 1.0}, ["beta2=1.0", "[0, 1)"]),
+        ("run", {"steps": 1}, ["steps=1", "2"]),
+        ("run", {"eval_every": 0}, ["eval_every=0", "positive"]),
+        ("run", {"recipes": ()}, ["recipes", "b158, report, report_decoupled"]),
+        ("run", {"recipes": ("adam",)}, ["'adam'", "b158, report, report_decoupled"]),
+        ("run", {"init": "runs/a"}, ["init=runs/a", "fork:WORKDIR"]),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(section, values, mentions):
+    with pytest.raises(UserError) as caught:
+        SECTIONS[section](**values)
+    assert [part for part in mentions if part not in str(caught.value)] == []
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"'huge'.*tiny, quick, report, b158, 125m, 700m"):
+        config.preset("huge")
+
+
+@pytest.mark.parametrize("name", list(config.PRESETS))
+def test_every_preset_makes_valid_replicates_and_survives_json(name):
+    cfg = config.preset(name)
+    replicates = config.make_replicates(cfg, [0, 1], {})
+    assert len(replicates) == 2 * len(cfg.run.recipes)
+    text = json.dumps(config.to_json(cfg, replicates))
+    assert config.from_json(json.loads(text)) == (cfg, replicates)
+
+
+def test_json_with_extra_keys_at_the_top_still_reads():
+    cfg = config.preset("tiny")
+    replicates = config.make_replicates(cfg, [3], {"lr_peak": 0.1})
+    tree = config.to_json(cfg, replicates) | {"versions": {"jax": "0"}}
+    assert config.from_json(tree) == (cfg, replicates)
+
+
+def test_every_field_has_a_help_text():
+    fields = [f for part in (*SECTIONS.values(), config.Hyper) for f in dataclasses.fields(part)]
+    assert [f.name for f in fields if not f.metadata["help"]] == []
+
+
+def test_replicates_run_through_the_seeds_of_one_recipe_before_the_next():
+    cfg, _ = config.override(Config(), ["run.recipes=b158,report", "data.seed=9"])
+    replicates = config.make_replicates(cfg, [4, 5], {"logit_scale": 2.0})
+    assert [(r.name, r.seed) for r in replicates] == [
+        ("b158", 4),
+        ("b158", 5),
+        ("report", 4),
+        ("report", 5),
+    ]
+    assert {(r.data_seed, r.hyper.logit_scale) for r in replicates} == {(9, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "warmup"),
+    [
+        ("report", 1000, 375),
+        ("report", 752, 375),  # the boundary is step 376: one step after warm-up
+        ("report", 751, 75),  # the boundary is step 375: a tenth instead
+        ("report", 2, 1),
+        ("b158", 1000, 50),
+        ("b158", 7500, 375),
+        ("b158", 100_000, 375),
+        ("b158", 2, 1),
+    ],
+)
+def test_warmup_of_the_recipes(recipe, steps, warmup):
+    hyper = config.RECIPES[recipe](steps)
+    assert hyper.warmup_steps == warmup
+    config.check_hyper(RunConfig(steps=steps), hyper)
+
+
+def test_report_decays_every_parameter_and_b158_only_matrices_in_stage_1():
+    """The two report recipes differ in nothing but where the same decay enters."""
+    coupled, decoupled, b158 = (
+        config.RECIPES[name](1000) for name in ("report", "report_decoupled", "b158")
+    )
+    assert (coupled.coupled_1, coupled.coupled_2, coupled.decay_rest) == (0.1, 0.05, 1)
+    swapped = coupled.replace(coupled_1=0.0, coupled_2=0.0, decoupled_1=0.1, decoupled_2=0.05)
+    assert decoupled == swapped
+    assert (b158.decoupled_1, b158.decoupled_2, b158.decay_rest) == (0.1, 0, 0)
+    assert (b158.coupled_1, b158.coupled_2) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("warmup_steps", 11.0, "0 to 10"),
+        ("lr_peak", -1e-3, "at least 0"),
+        ("lr_final", math.inf, "finite"),
+        ("coupled_1", math.nan, "finite"),
+        ("weight_quant", 1.5, "between 0 and 1"),
+        ("act_quant", 2.0, "between 0 and 1"),
+    ],
+)
+def test_a_hyper_that_makes_no_schedule_is_refused(name, value, accepted):
+    with pytest.raises(UserError, match=rf"hyper\.{name}={value:g}.*{accepted}"):
+        config.make_replicates(config.preset("tiny"), [0], {name: value})
+
+
+def test_warmup_may_end_at_the_boundary():
+    config.make_replicates(config.preset("tiny"), [0], {"warmup_steps": 10.0})
+
+
+def test_run_id_is_the_name_and_a_digest_that_does_not_change():
+    cfg = config.preset("tiny")
+    replicates = config.make_replicates(cfg, [0], {})
+    name, digest = config.run_id("train", cfg, replicates).split("-")
+    assert name == "train" and len(digest) == 8 and int(digest, 16) >= 0
+    again = config.from_json(json.loads(json.dumps(config.to_json(cfg, replicates))))
+    assert config.run_id("train", *again) == f"train-{digest}"
+
+
+@pytest.mark.parametrize("name", config.HYPER_FIELDS)
+def test_run_id_changes_with_every_hyper(name):
+    cfg = config.preset("tiny")
+    (rep,) = config.make_replicates(config.override(cfg, ["run.recipes=b158"])[0], [0], {})
+    hyper = rep.hyper.replace(**{name: getattr(rep.hyper, name) + 1e-7})
+    changed = dataclasses.replace(rep, hyper=hyper)
+    assert config.run_id("a", cfg, [changed]) != config.run_id("a", cfg, [rep])
+
+
+def test_run_id_changes_with_seeds_and_static_configuration():
+    cfg = config.preset("tiny")
+    replicates = config.make_replicates(cfg, [0], {})
+    wider, _ = config.override(cfg, ["model.d_ff=65"])
+    reseeded, _ = config.override(cfg, ["data.seed=1"])
+    ids = {
+        config.run_id("a", cfg, replicates),
+        config.run_id("a", wider, replicates),
+        config.run_id("a", cfg, config.make_replicates(cfg, [1], {})),
+        config.run_id("a", cfg, config.make_replicates(reseeded, [0], {})),
+    }
+    assert len(ids) == 4
+
+
+def test_stacked_hypers_are_float32_vectors_in_replicate_order():
+    replicates = config.make_replicates(config.preset("tiny"), [0, 1], {})
+    stacked = config.stack_hypers(replicates)
+    leaves = jax.tree.leaves(stacked)
+    assert len(leaves) == len(config.HYPER_FIELDS)
+    assert {(x.shape, str(x.dtype)) for x in leaves} == {((4,), "float32")}
+    np.testing.assert_array_equal(stacked.coupled_1, np.float32([0.1, 0.1, 0, 0]))
+    np.testing.assert_array_equal(stacked.decoupled_1, np.float32([0, 0, 0.1, 0.1]))
