@@ -108,12 +108,13 @@ class Progress:
         self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=interval, desc="train")
 
     def update(self, step: int, rows: list[dict]) -> None:
-        """Move to `step`; the first call only starts the clock, so compilation does not count."""
+        """Move to `step`; the first chunk starts the clock, so its compilation does not count."""
         done, now = step - self.bar.n, time.monotonic()
         if self.last is not None:
             self.tokens += done * self.tokens_per_step
             self.seconds += now - self.last
-        self.last = now
+        if done:
+            self.last = now
         evals = [row for row in rows if row["kind"] == "eval"]
         worst = min(evals, key=lambda row: row["collapse/unique_tokens"])
         self.bar.set_postfix_str(

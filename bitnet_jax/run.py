@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def run(cfg: Config, replicates: list[Replicate], workdir: Path, *, resume: bool
         check_same(workdir, settings)
         if (workdir / "summary.json").exists():
             print(f"{workdir}: finished before; remove it to train again")
+            report.write_report(workdir)
             return json.loads((workdir / "summary.json").read_text())
         # float32 means float32: by default a TPU multiplies it in bfloat16 and a GPU in TF32.
         precision = "float32" if program.cfg.model.dtype == "float32" else "default"
@@ -92,7 +94,7 @@ def chunk_ends(run: config.RunConfig) -> list[int]:
 
 
 def _train(program: Program, settings: dict, workdir: Path) -> dict:
-    cfg = program.cfg
+    cfg, began = program.cfg, time.monotonic()
     manager = checkpoint.open_manager(workdir, cfg.run)
     state, start = programs.start_state(program, workdir)
     _describe(program, settings, workdir)
@@ -139,7 +141,7 @@ def _train(program: Program, settings: dict, workdir: Path) -> dict:
     summary = {
         "step": cfg.run.steps,
         "finished": True,
-        "wall_seconds": round(progress.seconds, 1),
+        "wall_seconds": round(time.monotonic() - began, 1),
         "tokens_per_second": round(progress.tokens_per_second, 1),
         "replicates": _final(program, state, workdir),
     }
