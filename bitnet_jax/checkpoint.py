@@ -42,15 +42,19 @@ def open_manager(workdir: Path, run: RunConfig) -> ocp.CheckpointManager:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state, config: dict) -> None:
-    """Write one step: `state` ([R, ...] leaves) and the resolved configuration."""
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config)
-        ),
-    )
-    manager.wait_until_finished()
+    """Write one step: `state` ([R, ...] leaves) and the resolved configuration.
+
+    Raises UserError when the disk is full.
+    """
     folder = Path(manager.directory) / str(step)
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+    try:
+        manager.save(step, args=args)
+        manager.wait_until_finished()
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # how tensorstore names a full disk
+            raise
+        raise UserError(f"{folder}: not saved, the disk is full; free space and resume") from error
     (folder / MANIFEST).write_text(json.dumps(_checksums(folder)))
 
 

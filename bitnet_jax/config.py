@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, field, replace
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 
 
@@ -50,6 +51,7 @@ class ModelConfig:
 
     def __post_init__(self):
         _positive(self, "model", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+        _positive(self, "model", "rope_theta", "norm_eps")
         if self.vocab_size is not None and self.vocab_size < 2:
             raise UserError(f"model.vocab_size={self.vocab_size}: needs at least 2 tokens")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
@@ -69,8 +71,7 @@ class DataConfig:
         "stdlib", "stdlib (this interpreter's standard library) | text:GLOB | tfds:NAME[/CONFIG]"
     )
     validation: str | None = _field(
-        None,
-        "held-out text: text:GLOB, or a split name for tfds; none: a held-out part of the corpus",
+        None, "held-out text: text:GLOB, or a tfds split; none: a held-out part of the corpus"
     )
     holdout: float = _field(0.05, "share of the corpus held out when validation is none")
     feature: str = _field("text", "tfds: name of the text feature")
@@ -113,7 +114,7 @@ class DataConfig:
                 "tfds:NAME[/CONFIG]"
             )
         kind, _, argument = self.tokenizer.partition(":")
-        if kind not in ("bpe", "gpt2") or (kind == "bpe" and not argument.isdigit()):
+        if kind not in ("bpe", "gpt2") or (kind == "bpe" and not argument.isdecimal()):
             raise UserError(
                 f"data.tokenizer={self.tokenizer}: unknown tokenizer; use bpe:N, gpt2 or "
                 "gpt2:FOLDER"
@@ -142,9 +143,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class RunConfig:
     steps: int = _field(500, "optimiser updates; stage 2 starts after half of them")
-    recipes: tuple[str, ...] = _field(
-        ("report", "b158"), "hyper-parameter sets trained side by side, one replicate per seed each"
-    )
+    recipes: tuple[str, ...] = _field(("report", "b158"), "hyper-parameter sets, side by side")
     eval_every: int = _field(20, "steps between evaluations")
     save_every: int = _field(100, "steps between checkpoints; the last two are kept")
     checkpoint_every: int = _field(1000, "steps between checkpoints that are kept for good")
@@ -257,9 +256,7 @@ PRESETS = {
             track="first_batch",
             score_last=False,
         ),
-        run=RunConfig(
-            steps=1000, recipes=("report", "report_decoupled"), eval_every=5, save_every=250
-        ),
+        run=RunConfig(1000, ("report", "report_decoupled"), eval_every=5, save_every=250),
     ),
     "b158": Config(
         ModelConfig(),
@@ -303,13 +300,13 @@ def override(cfg: Config, assignments: list[str]) -> tuple[Config, dict[str, flo
         if not equals or not name:
             raise UserError(f"--set {text}: write it as section.field=value")
         if section == "hyper":
-            _known(name, HYPER_FIELDS, "hyper")
+            _known(name, HYPER_FIELDS, "hyper field")
             hyper[name] = _parse(value, float, path)
             continue
-        _known(section, ["model", "data", "optim", "run", "hyper"], "section")
+        _known(section, ["model", "data", "optim", "run", "hyper"], "--set section")
         part = getattr(cfg, section)
         fields = {f.name: f for f in dataclasses.fields(part)}
-        _known(name, fields, section)
+        _known(name, fields, f"{section} field")
         parsed = _parse(value, fields[name].type, path)
         choices = fields[name].metadata["choices"]
         if choices and parsed not in choices:
@@ -337,27 +334,23 @@ def make_replicates(
 
 def check_hyper(run: RunConfig, hyper: Hyper) -> None:
     """Raise UserError if the numbers of a replicate make no schedule."""
-    if not 0 <= hyper.warmup_steps <= run.boundary:
-        raise UserError(
-            f"hyper.warmup_steps={hyper.warmup_steps:g} lies past the stage boundary at step "
-            f"{run.boundary} (run.steps={run.steps}); use 0 to {run.boundary}"
-        )
     for name in HYPER_FIELDS:
         if not 0 <= getattr(hyper, name) < float("inf"):
             raise UserError(f"hyper.{name}={getattr(hyper, name):g}: must be finite and at least 0")
     for name in ("weight_quant", "act_quant"):
         if getattr(hyper, name) > 1:
             raise UserError(f"hyper.{name}={getattr(hyper, name):g}: must lie between 0 and 1")
+    if hyper.warmup_steps > run.boundary:
+        raise UserError(
+            f"hyper.warmup_steps={hyper.warmup_steps:g} lies past the stage boundary at step "
+            f"{run.boundary} (run.steps={run.steps}); use 0 to {run.boundary}"
+        )
 
 
 def stack_hypers(replicates: list[Replicate]) -> Hyper:
     """Stack the numbers of R replicates into one Hyper of float32 arrays [R]."""
-    return Hyper(
-        **{
-            name: jnp.array([getattr(r.hyper, name) for r in replicates], jnp.float32)
-            for name in HYPER_FIELDS
-        }
-    )
+    hypers = [rep.hyper for rep in replicates]
+    return jax.tree.map(lambda *numbers: jnp.array(numbers, jnp.float32), *hypers)
 
 
 def to_json(cfg: Config, replicates: list[Replicate]) -> dict:
@@ -371,9 +364,9 @@ def to_json(cfg: Config, replicates: list[Replicate]) -> dict:
 def from_json(tree: dict) -> tuple[Config, list[Replicate]]:
     """Inverse of `to_json`; extra keys at the top (provenance) are ignored."""
     parts = {}
-    for f in dataclasses.fields(Config):
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in tree[f.name].items()}
-        parts[f.name] = f.type(**values)
+    for part in dataclasses.fields(Config):
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in tree[part.name].items()}
+        parts[part.name] = part.type(**values)
     replicates = [Replicate(**{**r, "hyper": Hyper(**r["hyper"])}) for r in tree["replicates"]]
     return Config(**parts), replicates
 
@@ -386,7 +379,7 @@ def run_id(name: str, cfg: Config, replicates: list[Replicate]) -> str:
 
 def _known(name, names, kind):
     if name not in names:
-        raise UserError(f"unknown {kind} field {name!r}; known: {', '.join(names)}")
+        raise UserError(f"unknown {kind} {name!r}; known: {', '.join(names)}")
 
 
 def _parse(text: str, kind, path: str):

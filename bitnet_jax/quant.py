@@ -33,6 +33,11 @@ def int8_codes(x: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(x.astype(jnp.float32) * scale), -128, 127)
 
 
+def _divide(codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """codes / scale, rounded once: XLA would turn a broadcast divisor into its reciprocal."""
+    return codes / (scale + 0 * codes)
+
+
 def _lerp(x, q, strength):
     """(1 - strength) x + strength q: exactly x at strength 0 and exactly q at strength 1."""
     return (1 - strength) * x.astype(jnp.float32) + strength * q
@@ -47,7 +52,7 @@ def quantize_weight(w: jax.Array, strength: jax.Array, dtype: jnp.dtype) -> jax.
     warm-up) and receives no gradient.
     """
     scale = weight_scale(w)
-    return _lerp(w, ternary_codes(w, scale) / scale, strength).astype(dtype)
+    return _lerp(w, _divide(ternary_codes(w, scale), scale), strength).astype(dtype)
 
 
 def _weight_fwd(w, strength, dtype):
@@ -66,7 +71,7 @@ quantize_weight.defvjp(_weight_fwd, _weight_bwd)
 def quantize_activation(x: jax.Array, strength: jax.Array) -> jax.Array:
     """int8 codes / t per token (last axis), in the type of `x`; the gradient passes unchanged."""
     scale = activation_scale(x)
-    return _lerp(x, int8_codes(x, scale) / scale, strength).astype(x.dtype)
+    return _lerp(x, _divide(int8_codes(x, scale), scale), strength).astype(x.dtype)
 
 
 def _activation_fwd(x, strength):

@@ -74,8 +74,6 @@ def check_same(workdir: Path, settings: dict) -> None:
     if not (workdir / "config.json").exists():
         return
     saved = json.loads((workdir / "config.json").read_text())
-    if saved["replicates"] != settings["replicates"]:
-        raise UserError(f"{workdir}: was started with other recipes, seeds or hyper.* values")
     for section in ("model", "data", "optim", "run"):
         for name, value in settings[section].items():
             if saved[section].get(name) != value:
@@ -83,6 +81,8 @@ def check_same(workdir: Path, settings: dict) -> None:
                     f"{workdir}: was started with {section}.{name}={saved[section].get(name)}, "
                     f"not {value}; resume with the same settings"
                 )
+    if saved["replicates"] != settings["replicates"]:
+        raise UserError(f"{workdir}: was started with other recipes, seeds or hyper.* values")
 
 
 def chunk_ends(run: config.RunConfig) -> list[int]:

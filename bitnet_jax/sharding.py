@@ -10,14 +10,18 @@ MIN_SHARDED = 2**18  # parameters with fewer elements are copied to every device
 
 
 def make_mesh(n_replicates: int, batch_size: int, devices: list | None = None) -> Mesh:
-    """Spread replicates over devices first, then split each replicate's batch.
+    """Spread replicates, then each replicate's batch, over as many devices as both divide evenly.
 
-    Uses the largest number of devices that divides both evenly. Axes are Auto: with the default
-    Explicit axes `nn.Embed` needs an out_sharding.
+    Axes are Auto: with the default Explicit axes `nn.Embed` needs an out_sharding.
     """
     devices = jax.devices() if devices is None else devices
-    n_rep = math.gcd(n_replicates, len(devices))
-    n_data = math.gcd(batch_size, len(devices) // n_rep)
+    sizes = [
+        (n_rep, n_data)
+        for n_rep in range(1, n_replicates + 1)
+        for n_data in range(1, batch_size + 1)
+        if n_replicates % n_rep == 0 == batch_size % n_data and n_rep * n_data <= len(devices)
+    ]
+    n_rep, n_data = max(sizes, key=lambda size: (math.prod(size), size))
     return jax.make_mesh(
         (n_rep, n_data),
         ("replicate", "data"),

@@ -61,7 +61,7 @@ def by_group(tree, groups) -> dict[str, list[jax.Array]]:
 
 def group_norms(params, groups) -> dict[str, jax.Array]:
     """L2 norm of each parameter group."""
-    return {g: optax.global_norm(leaves) for g, leaves in by_group(params, groups).items()}
+    return {g: optax.tree.norm(leaves) for g, leaves in by_group(params, groups).items()}
 
 
 def train_step(
@@ -84,7 +84,7 @@ def train_step(
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
     grad_norms = jax.tree.map(jnp.linalg.norm, grads)
     n = state.step + 1
-    ok = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grad_norms)) & (state.failed == 0)
+    ok = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grad_norms)) & (state.failed == 0)
     # Zeroing what goes into and comes out of the optimiser fuses with it; selecting between the old
     # and the new state would cost another pass over all of it.
     grads = jax.tree.map(lambda g: jnp.where(ok, g, 0), grads)
@@ -94,7 +94,7 @@ def train_step(
     failed = jnp.where(ok | (state.failed > 0), state.failed, n)
     scalars = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grad_norms),
+        "grad_norm": optax.tree.norm(grad_norms),
         "grad_finite": jnp.stack([jnp.isfinite(g) for g in jax.tree.leaves(grad_norms)]),
     }
     return TrainState(n, failed, params, opt_state, state.init_norm), scalars
@@ -108,8 +108,8 @@ def update_scalars(cfg: Config, state: TrainState, hyper: Hyper) -> dict[str, ja
     )
     parts_w, parts_u = by_group(state.params, groups), by_group(updates, groups)
     out = {
-        "train/update_norm": optax.global_norm(updates),
-        "train/param_norm": optax.global_norm(state.params),
+        "train/update_norm": optax.tree.norm(updates),
+        "train/param_norm": optax.tree.norm(state.params),
         "train/lr": optim.learning_rate(hyper, state.step, cfg.run),
         "train/weight_decay": optim.by_stage(
             state.step,
@@ -120,11 +120,11 @@ def update_scalars(cfg: Config, state: TrainState, hyper: Hyper) -> dict[str, ja
     }
     for group, w in parts_w.items():
         u = parts_u[group]
-        norms = optax.global_norm(u) * optax.global_norm(w)
+        norms = optax.tree.norm(u) * optax.tree.norm(w)
         out[f"decay/update_weight_cosine_{group}"] = optax.tree.vdot(u, w) / jnp.maximum(
             norms, 1e-30
         )
-        out[f"decay/norm_ratio_{group}"] = optax.global_norm(w) / state.init_norm[group]
+        out[f"decay/norm_ratio_{group}"] = optax.tree.norm(w) / state.init_norm[group]
     return out
 
 
@@ -219,6 +219,7 @@ def make_train_chunk(cfg: Config, end_of_text: int) -> Callable:
             "train/grad_norm": scalars["grad_norm"][-1],
             **update_scalars(cfg, state, hyper),
             "failed": state.failed,
+            "losses": scalars["loss"],
             "grad_finite": scalars["grad_finite"],
         }
         return state, train, quant_scalars(state.params, codes_before)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -30,8 +31,11 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops"  # a GPU resumes bitwise only with
 
 def main(doc: str, name: str, default_preset: str, body: Callable[[Request], None]) -> None:
     """Parse the command line and call `body`; mistakes become one line and an exit status."""
-    # Orbax warns about files that it does not need; errors still show.
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    # Orbax warns about files that it does not need, and downloads about each of their retries; what
+    # fails in the end raises.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("urllib3").setLevel(logging.CRITICAL)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()

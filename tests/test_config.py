@@ -1,4 +1,4 @@
-"""Configuration: every mistake is one clear line, every run has one name, every recipe a schedule."""
+"""Configuration: a mistake is one clear line, a run has one name, a recipe makes a schedule."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def test_a_value_may_contain_an_equals_sign():
 
 
 def test_fields_of_a_section_change_together():
-    """Width 96 alone does not fit 5 heads of even width, nor 5 heads width 256: only both do."""
+    """Five heads fit width 80 but not the default 256: checked once, after all overrides."""
     both = ["model.n_heads=5", "model.n_kv_heads=5", "model.d_model=80"]
     cfg, _ = config.override(Config(), both)
     assert (cfg.model.n_heads, cfg.model.d_model) == (5, 80)
