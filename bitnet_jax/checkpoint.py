@@ -5,6 +5,7 @@ Kept: the last two, every `run.checkpoint_every` steps, and the last step of sta
 
 import contextlib
 import json
+import os
 import shutil
 import zlib
 from pathlib import Path
@@ -55,7 +56,9 @@ def save(manager: ocp.CheckpointManager, step: int, state, config: dict) -> None
         if "RESOURCE_EXHAUSTED" not in str(error):  # how tensorstore names a full disk
             raise
         raise UserError(f"{folder}: not saved, the disk is full; free space and resume") from error
-    (folder / MANIFEST).write_text(json.dumps(_checksums(folder)))
+    temporary = folder / f"{MANIFEST}.tmp"  # a half-written manifest would count
+    temporary.write_text(json.dumps(_checksums(folder)))
+    os.replace(temporary, folder / MANIFEST)
 
 
 def kept_steps(workdir: Path) -> list[int]:
@@ -118,7 +121,10 @@ def _reading(workdir: Path, step: int):
         raise UserError(f"{workdir}: no checkpoint of step {step}; there: {kept_steps(workdir)}")
     folder = Path(workdir).absolute() / "checkpoints" / str(step)
     remedy = "remove this folder to go on from an earlier step"
-    written, found = json.loads((folder / MANIFEST).read_text()), _checksums(folder)
+    try:
+        written, found = json.loads((folder / MANIFEST).read_text()), _checksums(folder)
+    except ValueError as error:
+        raise UserError(f"{folder}: damaged checkpoint: {MANIFEST}; {remedy}") from error
     for name in sorted(written | found):
         if written.get(name) != found.get(name):
             raise UserError(f"{folder}: damaged checkpoint: {name} is not as written; {remedy}")

@@ -60,9 +60,12 @@ def read_rows(path: Path) -> list[dict]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"but {type(row).__name__}")
         except ValueError as error:
             raise UserError(f"{path}:{number}: not a JSON object ({error})") from error
+        rows.append(row)
     return rows
 
 
@@ -72,6 +75,8 @@ class Metrics:
     def __init__(self, workdir: Path, step: int, replicates: list[Replicate]):
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        if len(kept) < len(replicates):  # cut off while the first rows were written
+            kept = []
         temporary = self.path.with_name("metrics.jsonl.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, self.path)

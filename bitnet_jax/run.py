@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import signal
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,7 @@ def run(cfg: Config, replicates: list[Replicate], workdir: Path, *, resume: bool
     try:
         program = programs.build(cfg, replicates)
         settings = config.to_json(program.cfg, replicates)
-        check_same(workdir, settings)
+        check_same(workdir, settings, program.tokens.identity)
         if (workdir / "summary.json").exists():
             print(f"{workdir}: finished before; remove it to train again")
             report.write_report(workdir)
@@ -61,15 +62,14 @@ def prepare_workdir(workdir: Path, resume: bool) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         used = any(workdir.iterdir())
-        (workdir / ".writable").touch()
-        (workdir / ".writable").unlink()
+        tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         raise UserError(f"{workdir}: cannot be used as workdir: {error.strerror}") from error
     if used and not resume:
         raise UserError(f"{workdir}: not empty; add --resume to go on, or give another --workdir")
 
 
-def check_same(workdir: Path, settings: dict) -> None:
+def check_same(workdir: Path, settings: dict, corpus: dict) -> None:
     """Raise UserError naming the first setting in which a resumed run differs from its workdir."""
     if not (workdir / "config.json").exists():
         return
@@ -83,6 +83,8 @@ def check_same(workdir: Path, settings: dict) -> None:
                 )
     if saved["replicates"] != settings["replicates"]:
         raise UserError(f"{workdir}: was started with other recipes, seeds or hyper.* values")
+    if saved["corpus"] != corpus:
+        raise UserError(f"{workdir}: data.corpus={corpus['source']} has changed since the start")
 
 
 def chunk_ends(run: config.RunConfig) -> list[int]:
@@ -95,8 +97,8 @@ def chunk_ends(run: config.RunConfig) -> list[int]:
 
 def _train(program: Program, settings: dict, workdir: Path) -> dict:
     cfg, began = program.cfg, time.monotonic()
-    manager = checkpoint.open_manager(workdir, cfg.run)
     state, start = programs.start_state(program, workdir)
+    manager = checkpoint.open_manager(workdir, cfg.run)
     _describe(program, settings, workdir)
     metrics = log.Metrics(workdir, start, program.replicates)
     tokens_per_step = len(program.replicates) * cfg.data.batch_size * cfg.data.seq_len
@@ -105,8 +107,10 @@ def _train(program: Program, settings: dict, workdir: Path) -> dict:
 
     def emit(step, trained, evaluated):
         trained, evaluated = jax.device_get((trained, evaluated))
-        if trained and trained["failed"].any():
-            raise TrainingFailed(_describe_failure(program, workdir, trained, state))
+        if trained and (trained["failed"].any() or not np.isfinite(evaluated["eval/loss"]).all()):
+            raise TrainingFailed(
+                _describe_failure(program, workdir, trained, evaluated, state, step)
+            )
         rows = make_rows(step, trained, evaluated)
         metrics.write(rows)
         progress.update(step, rows)
@@ -224,27 +228,27 @@ def _row_maker(program: Program):
     return make_rows
 
 
-def _describe_failure(program: Program, workdir: Path, trained: dict, state) -> str:
+def _describe_failure(program, workdir, trained, evaluated, state, end: int) -> str:
     """One line: step, replicate, first tensor that is not finite, last good checkpoint.
 
     The parameters are still those that met the failure. The gradient flows from the output back, so
     of several bad gradients the one nearest to the output is named.
     """
-    i = int(np.argmax(trained["failed"] > 0))
-    step = int(trained["failed"][i])
+    i = int(np.argmax((trained["failed"] > 0) | ~np.isfinite(evaluated["eval/loss"])))
+    step = int(trained["failed"][i]) or end
+    k = trained["losses"].shape[1] - 1 - (end - step)
     rep = program.replicates[i]
     names = [optim.path_name(path) for path, _ in jax.tree.leaves_with_path(state.params)]
     leaves = [np.asarray(x[i]) for x in jax.tree.leaves(state.params)]
     bad = [name for name, leaf in zip(names, leaves, strict=True) if not np.isfinite(leaf).all()]
-    k = trained["losses"].shape[1] - 1 - (int(state.step[i]) - step) % trained["losses"].shape[1]
+    finite = trained["grad_finite"][i, k]
     if bad:
         what = f"parameter {bad[0]}"
-    elif not np.isfinite(trained["losses"][i, k]):
+    elif np.isfinite(trained["losses"][i, k]) and not finite.all():
+        what = f"the gradient of {[n for n, ok in zip(names, finite, strict=True) if not ok][-1]}"
+    else:
         largest = max(zip(names, leaves, strict=True), key=lambda pair: np.abs(pair[1]).max())
         what = f"the loss (largest parameter: {largest[0]}, {np.abs(largest[1]).max():.3g})"
-    else:
-        finite = trained["grad_finite"][i, k]
-        what = f"the gradient of {[n for n, ok in zip(names, finite, strict=True) if not ok][-1]}"
     steps = checkpoint.kept_steps(workdir)
     kept = f"last good checkpoint: step {steps[-1]}" if steps else "no checkpoint yet"
     return f"step {step}, replicate {i} ({rep.name}, seed {rep.seed}): {what} is not finite; {kept}"

@@ -47,6 +47,8 @@ def main(doc: str, name: str, default_preset: str, body: Callable[[Request], Non
         _exit(f"failed: {error}", 1)
     except Interrupted as error:
         _exit(str(error), 128 + error.signum)
+    except KeyboardInterrupt:
+        _exit("stopped before training began", 130)
 
 
 def _exit(text: str, status: int) -> None:
@@ -89,11 +91,15 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()) or (dash and int(high) < int(low)):
+        if (
+            not low.isdecimal()
+            or (dash and not high.isdecimal())
+            or (dash and int(high) < int(low))
+        ):
             raise UserError(f"--seeds {text}: use a number, a range 0-4 or a list 1,5,7")
         seeds += range(int(low), int(high or low) + 1)
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {text}: a seed is named twice")
+    if len(set(seeds)) < len(seeds) or max(seeds) >= 2**32:
+        raise UserError(f"--seeds {text}: needs distinct seeds below 2**32")
     return seeds
 
 

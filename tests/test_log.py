@@ -1,0 +1,128 @@
+"""Rows are written at once, survive a cut, and say where they came from."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitnet_jax import config, log
+from bitnet_jax.config import UserError
+
+REPLICATES = [config.Replicate(name, 0, 0, config.Hyper()) for name in ("report", "b158")]
+
+
+def row(step, replicate=0, **values):
+    return {"step": step, "replicate": replicate, "kind": "eval"} | values
+
+
+def lines(*rows):
+    return "".join(json.dumps(r) + "\n" for r in rows)
+
+
+def test_a_resumed_file_ends_at_the_step(tmp_path):
+    """Rows that an interrupted run wrote after its last checkpoint, and half a row, go."""
+    path = tmp_path / "metrics.jsonl"
+    kept = lines(row(0), row(5), row(5, 1), row(10, **{"eval/loss": 0.1}))
+    path.write_text(kept + lines(row(15), row(20)) + '{"step": 10, "repl')
+    metrics = log.Metrics(tmp_path, 10, REPLICATES)
+    assert metrics.resumed and path.read_text() == kept
+    metrics.write([row(15, 1)])
+    assert path.read_text() == kept + lines(row(15, 1))
+    metrics.close()
+
+
+def test_a_new_file_is_empty(tmp_path):
+    metrics = log.Metrics(tmp_path, 0, REPLICATES)
+    assert not metrics.resumed and (tmp_path / "metrics.jsonl").read_text() == ""
+    metrics.close()
+
+
+def test_numbers_reach_the_board_of_their_replicate(tmp_path, monkeypatch):
+    metrics = log.Metrics(tmp_path, 0, REPLICATES)
+    seen = []
+    for i, board in enumerate(metrics.boards):
+        monkeypatch.setattr(board, "add_scalar", lambda *args, i=i: seen.append((i, *args)))
+    values = {"eval/loss": 2.5, "collapse/verdict": "slow", "collapse/unique_tokens": 3}
+    metrics.write([row(5, 1, **values)])
+    metrics.close()
+    assert seen == [(1, "eval/loss", 2.5, 5), (1, "collapse/unique_tokens", 3, 5)]
+    assert sorted(p.name for p in (tmp_path / "tb").iterdir()) == ["0-report-0", "1-b158-0"]
+
+
+def test_read_rows_drops_a_cut_last_line_only(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert log.read_rows(path) == []
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert log.read_rows(path) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("bad", ['{"a": ', "", "[1]", "7", "\x00\x00"])
+def test_read_rows_names_a_bad_line(tmp_path, bad):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n' + bad + '\n{"a": 3}\n')
+    with pytest.raises(UserError) as caught:
+        log.read_rows(path)
+    assert str(caught.value).startswith(f"{path}:2: not a JSON object")
+    assert "\n" not in str(caught.value)
+
+
+def test_write_json_replaces_in_one_move(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    log.write_json(path, {"step": 1})
+    moves = []
+
+    def replace(source, target):
+        moves.append((json.loads(Path(source).read_text()), json.loads(target.read_text())))
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    log.write_json(path, {"step": 2})
+    assert moves == [({"step": 2}, {"step": 1})]
+    assert json.loads(path.read_text()) == {"step": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "summary.json"
+    log.write_json(path, {"step": 1})
+    with pytest.raises(TypeError):
+        log.write_json(path, {"step": np.float32(2)})
+    assert json.loads(path.read_text()) == {"step": 1}
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with one commit; the package seems to lie in it."""
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "repository"
+    (folder / "package").mkdir(parents=True)
+    (folder / "package" / "log.py").write_text("")
+    who = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "m"]):
+        subprocess.run(["git", "-C", folder, *command], check=True, capture_output=True)
+    monkeypatch.setattr(log, "__file__", str(folder / "package" / "log.py"))
+    return folder
+
+
+def test_provenance_in_a_repository(checkout):
+    here = log.provenance()
+    assert len(here["git_commit"]) == 40 and here["git_dirty"] is False
+    (checkout / "package" / "log.py").write_text("changed")
+    assert log.provenance() == here | {"git_dirty": True, "started": log.provenance()["started"]}
+    assert set(log.PACKAGES) < set(here["versions"])
+    json.dumps(here)
+
+
+def test_provenance_without_a_repository_or_git(tmp_path, monkeypatch, checkout):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr(log, "__file__", str(tmp_path / "log.py"))
+    assert log.provenance()["git_commit"] is None
+    monkeypatch.setattr(log, "__file__", str(checkout / "package" / "log.py"))
+    assert log.provenance()["git_commit"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert log.provenance()["git_commit"] is None and log.provenance()["git_dirty"] is False

@@ -1,0 +1,382 @@
+"""Training learns, repeats, does not depend on devices or companions, and stops at a NaN."""
+
+import functools
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_jax import config, data, sharding, train
+from bitnet_jax import program as programs
+
+STEPS, EVERY = 40, 5  # of a chunk
+TEXT = "\n".join(f"the {n} cats sat on the {n % 7} mats, and {n * n} dogs ran." for n in range(900))
+
+
+@dataclass
+class Setup:
+    """A program and its chunk compiled with the hyper-parameters as an argument."""
+
+    program: programs.Program
+
+    def __post_init__(self):
+        p, self.inits = self.program, {}
+        everywhere = sharding.replicated(p.mesh)
+        self.chunk = jax.jit(
+            train.make_train_chunk(p.cfg, p.tokens.tokenizer.end_of_text),
+            donate_argnums=0,
+            out_shardings=(p.state_sharding, everywhere, everywhere),
+        )
+
+    def init(self, *seeds):
+        """A state to donate, from the program's seeds or from others."""
+        if seeds not in self.inits:
+            program = self.program
+            if seeds:
+                pairs = zip(program.replicates, seeds, strict=True)
+                program = replace(program, replicates=[replace(r, seed=s) for r, s in pairs])
+            with jax.set_mesh(program.mesh):
+                self.inits[seeds] = program.init()
+        return copy(self.inits[seeds])
+
+    def run(self, state, start=0, end=EVERY, hyper=None):
+        """Train `state` (donated); returns the new one and the numbers of each chunk."""
+        p, numbers = self.program, []
+        hyper = p.hyper if hyper is None else hyper
+        with jax.set_mesh(p.mesh):
+            for step in range(start, end, EVERY):
+                batches = p.batches(step, step + EVERY)
+                state, *scalars = self.chunk(state, hyper, p.evals, p.train_N, batches)
+                numbers.append(jax.device_get(scalars[0] | scalars[1]))
+        return state, numbers
+
+
+def copy(state):
+    """A copy to donate."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def hyper_of(program, **changes):
+    """The program's hyper-parameters with some fields set to numbers or to [R] arrays."""
+    old = program.hyper
+    arrays = {k: np.broadcast_to(np.float32(v), old.lr_peak.shape) for k, v in changes.items()}
+    return jax.device_put(old.replace(**arrays), sharding.by_replicate(program.mesh))
+
+
+def assert_close(a, b, rtol):
+    """Every leaf agrees to `rtol` of its largest value."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * max(np.abs(y).max(), 1e-12))
+
+
+def assert_same(a, b):
+    """Every leaf is bitwise equal."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def take(tree, index):
+    return jax.tree.map(lambda x: np.asarray(x)[index], tree)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory, cache_folder):
+    """Build a program of the tiny model with one block: two recipes, two seeds, eight devices."""
+    corpus = tmp_path_factory.mktemp("text") / "corpus.txt"
+    corpus.write_text(TEXT)
+    cfg = config.preset("tiny")
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, n_layers=1),
+        data=replace(cfg.data, corpus=f"text:{corpus}"),
+        optim=replace(cfg.optim, eps=1e-5),  # else Adam turns rounding errors into whole updates
+        run=replace(cfg.run, steps=STEPS),
+    )
+
+    def build(recipes=("report", "b158"), seeds=(0, 1), devices=8, **changes):
+        arm = replace(cfg, data=replace(cfg.data, **changes), run=replace(cfg.run, recipes=recipes))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("BITNET_JAX_CACHE", str(cache_folder))
+            some = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
+            patch.setattr(sharding, "make_mesh", some)
+            patch.setattr(sharding, "MIN_SHARDED", 2**10)  # so that leaves of a tiny model split
+            setup = Setup(programs.build(arm, config.make_replicates(arm, list(seeds), {})))
+        return setup
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def four(build):
+    """Four replicates on eight devices."""
+    return build()
+
+
+@pytest.fixture(scope="module")
+def trained(four):
+    """The state after 20 steps of the four, and the numbers on the way."""
+    return four.run(four.init(), end=20)
+
+
+@pytest.fixture(scope="module")
+def one_device(build):
+    """The same four on one device."""
+    return build(devices=1)
+
+
+@pytest.fixture(scope="module")
+def alone(build):
+    """One replicate on one device."""
+    return build(("b158",), (0,), devices=1)
+
+
+def test_learns_a_small_text(four):
+    lr = hyper_of(
+        four.program,
+        lr_peak=1e-2,
+        lr_stage1_end=1e-2,
+        lr_stage2_start=1e-2,
+        coupled_1=0,
+        coupled_2=0,
+        decoupled_1=0,
+        decoupled_2=0,
+    )
+    _, numbers = four.run(four.init(), end=STEPS, hyper=lr)
+    unigram = four.program.references["unigram"]["loss"]
+    assert (numbers[-1]["eval/loss"] < unigram - 0.3).all()
+    assert (numbers[-1]["train/loss"] < numbers[0]["train/loss"] - 1).all()
+
+
+def test_two_runs_are_bitwise_equal(four, trained):
+    with jax.set_mesh(four.program.mesh):
+        again = four.program.init()
+    assert_same(trained, four.run(again, end=20))
+
+
+SMOOTH = {"weight_quant": 0, "act_quant": 0}  # a rounding error that crosses a tie is no longer one
+
+
+def assert_runs_close(run, expected):
+    """Parameters and losses of runs of equal length agree to 1e-5."""
+    assert_close(run[0].params, expected[0].params, 1e-5)
+    for key in ("train/loss", "train/grad_norm", "eval/loss", "collapse/entropy"):
+        losses = [[row[key] for row in numbers] for _, numbers in (run, expected)]
+        np.testing.assert_allclose(*losses, rtol=1e-5, err_msg=key)
+
+
+def test_replicates_equal_single_runs(one_device, alone):
+    """Four at once are the four one by one: vmap adds nothing and replicates do not mix."""
+    hyper = hyper_of(one_device.program, **SMOOTH)
+    many, numbers = one_device.run(one_device.init(), end=20, hyper=hyper)
+    for i, rep in enumerate(one_device.program.replicates):
+        values = {name: getattr(rep.hyper, name) for name in config.HYPER_FIELDS} | SMOOTH
+        single = alone.run(alone.init(rep.seed), end=20, hyper=hyper_of(alone.program, **values))
+        assert_runs_close((take(many, [i]), take(numbers, [i])), single)
+
+
+def test_one_device_equals_eight(four, one_device):
+    runs = [
+        setup.run(setup.init(), end=20, hyper=hyper_of(setup.program, **SMOOTH))
+        for setup in (one_device, four)
+    ]
+    assert_runs_close(*runs)
+
+
+def test_one_device_equals_eight_quantised(one_device, trained):
+    """For as long as no activation has rounded the other way."""
+    _, (row,) = one_device.run(one_device.init())
+    _, numbers = trained
+    for key in ("train/loss", "eval/loss"):
+        np.testing.assert_allclose(row[key], numbers[0][key], rtol=1e-5)
+
+
+def test_state_is_spread_over_the_devices(four, trained):
+    """A replicate's large leaves are halved over its two devices; no device holds another's."""
+    assert dict(four.program.mesh.shape) == {"replicate": 4, "data": 2}
+    state, _ = trained
+    embedding = state.params["embed"]["embedding"]
+    for leaf in (embedding, state.opt_state["adam"].mu["embed"]["embedding"]):
+        shards = leaf.addressable_shards
+        assert len({shard.device for shard in shards}) == 8
+        assert {shard.data.size * 8 for shard in shards} == {leaf.size}
+    norm = state.params["final_norm"]["scale"]
+    assert {shard.data.shape for shard in norm.addressable_shards} == {(1, norm.shape[1])}
+    assert len(norm.sharding.device_set) == 8
+
+
+def test_windows_cut_on_the_host_train_the_same(build, alone):
+    host = build(("b158",), (0,), devices=1, gather="host")
+    assert host.program.train_N is None and alone.program.train_N is not None
+    assert_same(host.run(host.init(), end=20), alone.run(alone.init(), end=20))
+
+
+def test_replicates_share_batches_through_the_data_seed(four):
+    a, b, c, d = four.program.replicates
+    mixed = replace(four.program, replicates=[a, b, replace(c, data_seed=7), d])
+    batches_RKB = np.asarray(mixed.batches(3, 8))
+    assert batches_RKB.shape == (4, 5, mixed.cfg.data.batch_size)
+    assert (batches_RKB[0] == batches_RKB[1]).all() and (batches_RKB[0] == batches_RKB[3]).all()
+    assert (batches_RKB[2] != batches_RKB[0]).any()
+    assert_same(batches_RKB[:, 2:4], mixed.batches(5, 7))
+
+
+def test_donated_state_is_deleted(four):
+    state = four.init()
+    four.run(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.opt_state["adam"]))
+
+
+def test_other_hyper_values_compile_nothing(four, trained):
+    state, _ = trained
+    for name in config.HYPER_FIELDS:
+        values = np.asarray(getattr(four.program.hyper, name)) * 0.5 + 0.25
+        four.run(copy(state), 20, 25, hyper=hyper_of(four.program, **{name: values}))
+        assert four.chunk._cache_size() == 1, name
+
+
+TRAIN_KEYS = {
+    "train": ["grad_norm", "loss", "lr", "param_norm", "update_norm", "weight_decay"],
+    "decay": ["norm_ratio_{}", "update_weight_cosine_{}"],
+}
+EVAL_KEYS = [
+    "collapse/concentration",
+    "collapse/entropy",
+    "collapse/logit_std",
+    "collapse/mode_share",
+    "collapse/mutual_information",
+    "collapse/overconfidence",
+    "collapse/unigram_kl",
+    "collapse/unique_targets",
+    "collapse/unique_tokens",
+    "eval/bits_per_byte",
+    "eval/loss",
+    "quant/flip_rate",
+    "quant/zero_rate",
+]
+
+
+def abstract_chunk(cfg, n_rep=2):
+    """A chunk and the shapes of its arguments, without a corpus."""
+    d, vocab = cfg.data, cfg.model.vocab_size
+    windows = (d.batch_size, d.seq_len + 1)
+
+    def shape(dims, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    hyper = jax.tree.map(lambda _: shape((n_rep,)), config.Hyper())
+    init = jax.vmap(lambda hyper, seed: train.init_state(cfg, hyper, seed))
+    state = jax.eval_shape(init, hyper, shape((n_rep,), jnp.uint32))
+    tracked = shape(windows, jnp.int32) if d.track == "first_batch" else None
+    held_out = shape((d.eval_batches, *windows), jnp.int32)
+    evals = train.EvalData(held_out, tracked, shape((vocab,)), shape((vocab,)))
+    tokens, ids = shape((999,), jnp.uint16), shape((n_rep, 3, d.batch_size), jnp.int32)
+    return train.make_train_chunk(cfg, 0), (state, hyper, evals, tokens, ids)
+
+
+def layout(name, track="validation", dtype="float32"):
+    cfg = config.preset("tiny")
+    tied = name == "b158"
+    model = replace(
+        cfg.model, layout=name, vocab_size=300, tied_embedding=tied, dtype=dtype, n_layers=1
+    )
+    return replace(cfg, model=model, data=replace(cfg.data, track=track))
+
+
+@pytest.mark.parametrize(
+    ("name", "track", "groups", "modules", "tracked"),
+    [
+        ("b158", "validation", "embedding matrix norm", "down gate k o q up v", []),
+        (
+            "report",
+            "first_batch",
+            "embedding head matrix norm",
+            "down gate_up o qkv",
+            ["track/entropy", "track/loss"],
+        ),
+    ],
+)
+def test_metric_keys(name, track, groups, modules, tracked):
+    chunk, arguments = abstract_chunk(layout(name, track))
+    _, trained, evaluated = jax.eval_shape(chunk, *arguments)
+    keys = [f"train/{k}" for k in TRAIN_KEYS["train"]]
+    keys += [f"decay/{k.format(g)}" for k in TRAIN_KEYS["decay"] for g in groups.split()]
+    assert sorted(k for k in trained if "/" in k) == sorted(keys)
+    scales = [f"quant/scale_{m}" for m in modules.split()]
+    assert sorted(evaluated) == sorted(EVAL_KEYS + scales + tracked)
+    assert {x.shape for k, x in (trained | evaluated).items() if "/" in k} == {(2,)}
+
+
+def test_evaluation_of_a_chunk_is_that_of_its_state(four, trained):
+    p, (state, numbers) = four.program, trained
+    with jax.set_mesh(p.mesh):
+        alone = jax.device_get(p.evaluate(state))
+    assert set(alone) <= set(numbers[-1])
+    assert (alone.pop("quant/flip_rate") == 0).all()
+    for key, value in alone.items():
+        np.testing.assert_allclose(value, numbers[-1][key], rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+def test_codes_flip_only_when_weights_move(four, trained):
+    state, numbers = trained
+    assert all((row["quant/flip_rate"] > 0).all() for row in numbers)
+    still = hyper_of(four.program, lr_stage2_start=0, lr_final=0)
+    after, (row,) = four.run(copy(state), 20, 25, hyper=still)
+    assert (row["quant/flip_rate"] == 0).all() and (row["train/update_norm"] == 0).all()
+    assert_same(after.params, state.params)
+
+
+def test_nan_in_a_parameter_freezes_its_replicate_alone(four):
+    init = four.init()
+    scale = init.params["final_norm"]["scale"]
+    bad = jax.device_put(scale.at[1, 3].set(jnp.nan), scale.sharding)
+    poisoned = init.replace(params={**init.params, "final_norm": {"scale": bad}})
+    before = jax.device_get(poisoned.params)
+    healthy, _ = four.run(copy(init))
+    state, (row,) = four.run(poisoned)
+    assert state.failed.tolist() == row["failed"].tolist() == [0, 1, 0, 0]
+    assert_same(take(state.params, 1), take(before, 1))
+    others = [0, 2, 3]
+    assert_same(take(state.params, others), take(healthy.params, others))
+    assert state.step.tolist() == [EVERY] * 4
+
+
+def test_failed_is_the_update_that_met_it(four, trained):
+    """Update 21 of replicate 2 is infinite, so update 22 meets it, in the middle of a chunk."""
+    state, _ = trained
+    healthy, _ = four.run(copy(state), 20, 30)
+    peaks = np.array(four.program.hyper.lr_stage2_start)
+    peaks[2] = np.inf
+    hyper = hyper_of(four.program, lr_stage2_start=peaks)
+    failed, (row,) = four.run(copy(state), 20, 25, hyper=hyper)
+    assert row["failed"].tolist() == [0, 0, 22, 0]
+    assert row["grad_finite"][:, :2].all(axis=-1).tolist() == [[True, True]] * 2 + [
+        [True, False],
+        [True, True],
+    ]
+    frozen = jax.device_get(take(failed.params, 2))
+    later, (row,) = four.run(failed, 25, 30, hyper=hyper)
+    assert row["failed"].tolist() == [0, 0, 22, 0]
+    assert_same(take(later.params, 2), frozen)
+    assert_same(take(later.params, [0, 1, 3]), take(healthy.params, [0, 1, 3]))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("b158", "float32"), ("report", "bfloat16")])
+def test_chunk_lowers_for_accelerators(name, dtype):
+    chunk, arguments = abstract_chunk(layout(name, dtype=dtype))
+    exported = jax.export.export(jax.jit(chunk), platforms=["cuda", "tpu"])(*arguments)
+    assert exported.platforms == ("cuda", "tpu")
+    out = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    assert jax.tree.map(lambda x: x.dtype, out[0]) == jax.tree.map(lambda x: x.dtype, arguments[0])
+
+
+def test_windows_of_a_batch_are_the_ones_trained_on(four):
+    """Window ids on the device cut the same tokens as the host does."""
+    p = four.program
+    ids_KB = p.batches(0, 3)[0]
+    on_device = data.gather(p.train_N, ids_KB, p.cfg.data.seq_len)
+    assert_same(on_device, data.gather(p.tokens.train_N, np.asarray(ids_KB), p.cfg.data.seq_len))
