@@ -80,10 +80,23 @@ def _decay(rate: Callable, rest: jax.Array, groups) -> optax.GradientTransformat
     )
 
 
+def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm with the norm as an argument: the step has computed it already."""
+
+    def update(updates, state, params=None, *, grad_norm=None, **_):
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        factor = max_norm / jnp.maximum(norm, max_norm)
+        return jax.tree.map(lambda g: factor * g, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 def make_optimizer(
     cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups
 ) -> optax.GradientTransformation:
     """clip -> coupled decay -> Adam -> decoupled decay -> learning rate.
+
+    `update` takes the gradients' global norm as `grad_norm`, and computes it if it is not given.
 
     Before Adam's normaliser the decay is torch's `Adam(weight_decay=)`: a weight whose gradient is
     smaller than decay * w moves towards 0 by about the learning rate per step. After it, the decay
@@ -97,7 +110,7 @@ def make_optimizer(
         return by_stage(count + 1, run, hyper.decoupled_1, hyper.decoupled_2)
 
     return optax.named_chain(
-        ("clip", optax.clip_by_global_norm(cfg.clip_norm)),
+        ("clip", _clip(cfg.clip_norm)),
         ("coupled", _decay(coupled, hyper.decay_rest, groups)),
         ("adam", optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)),
         ("decoupled", _decay(decoupled, hyper.decay_rest, groups)),

@@ -84,17 +84,20 @@ def train_step(
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
     grad_norms = jax.tree.map(jnp.linalg.norm, grads)
     n = state.step + 1
-    ok = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grad_norms)) & (state.failed == 0)
+    norm = optax.tree.norm(grad_norms)
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.failed == 0)
     # Zeroing what goes into and comes out of the optimiser fuses with it; selecting between the old
     # and the new state would cost another pass over all of it.
     grads = jax.tree.map(lambda g: jnp.where(ok, g, 0), grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(
+        grads, state.opt_state, state.params, grad_norm=jnp.where(ok, norm, 0)
+    )
     updates = jax.tree.map(lambda u: jnp.where(ok, u, 0), updates)
     params = optax.apply_updates(state.params, updates)
     failed = jnp.where(ok | (state.failed > 0), state.failed, n)
     scalars = {
         "loss": loss,
-        "grad_norm": optax.tree.norm(grad_norms),
+        "grad_norm": norm,
         "grad_finite": jnp.stack([jnp.isfinite(g) for g in jax.tree.leaves(grad_norms)]),
     }
     return TrainState(n, failed, params, opt_state, state.init_norm), scalars
@@ -197,6 +200,16 @@ def make_eval(cfg: Config, end_of_text: int) -> Callable:
     return eval_step
 
 
+def _without_axis(steps: Callable) -> Callable:
+    """What vmap computes for one replicate, without a replicate axis inside."""
+
+    def steps_1(state, hyper, tokens_N, batches):
+        state, hyper, batches = jax.tree.map(lambda x: x[0], (state, hyper, batches))
+        return jax.tree.map(lambda x: x[None], steps(state, hyper, tokens_N, batches))
+
+    return steps_1
+
+
 def make_train_chunk(cfg: Config, end_of_text: int) -> Callable:
     """Return chunk(state, hyper, evals, tokens_N, batches) -> (state, train, eval numbers).
 
@@ -226,6 +239,8 @@ def make_train_chunk(cfg: Config, end_of_text: int) -> Callable:
 
     def chunk(state, hyper, evals, tokens_N, batches):
         steps_R = jax.vmap(steps, in_axes=(0, 0, None, 0), spmd_axis_name="replicate")
+        if batches.shape[0] == 1:  # without the axis XLA:CPU multiplies and reduces faster
+            steps_R = _without_axis(steps)
         state, train, quantised = steps_R(state, hyper, tokens_N, batches)
         return state, train, evaluate(cfg, state.params, hyper, evals, end_of_text) | quantised
 
