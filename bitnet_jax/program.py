@@ -51,14 +51,17 @@ class Program:
         seeds = jax.ShapeDtypeStruct(self.hyper.lr_peak.shape, jnp.uint32)
         return jax.eval_shape(_init_fn(self.cfg), self.hyper, seeds)
 
+    def train_chunk(self, state, batches):
+        """(state, train numbers, eval numbers) after one chunk; the state is donated."""
+        return self.jitted_chunk(state, self.hyper, self.evals, self.train_N, batches)
+
     @functools.cached_property
-    def train_chunk(self):
-        """(state, batches) -> (state, train numbers, eval numbers); the state is donated."""
+    def jitted_chunk(self):
+        """The program of `train.make_train_chunk`; it compiles once per length of chunk."""
         chunk = train.make_train_chunk(self.cfg, self.tokens.tokenizer.end_of_text)
         # Pinned, because the compiler may otherwise return the state under other shardings.
         out = (self.state_sharding, sharding.replicated(self.mesh), sharding.replicated(self.mesh))
-        compiled = jax.jit(chunk, donate_argnums=0, out_shardings=out)
-        return lambda state, batches: compiled(state, self.hyper, self.evals, self.train_N, batches)
+        return jax.jit(chunk, donate_argnums=0, out_shardings=out)
 
     @functools.cached_property
     def evaluate(self):

@@ -200,8 +200,13 @@ def make_eval(cfg: Config, end_of_text: int) -> Callable:
     return eval_step
 
 
-def _without_axis(steps: Callable) -> Callable:
-    """What vmap computes for one replicate, without a replicate axis inside."""
+def over_replicates(steps: Callable, n_rep: int) -> Callable:
+    """vmap steps(state, hyper, tokens_N, batches) over R replicates that share the tokens.
+
+    One replicate runs without the axis: XLA:CPU multiplies and reduces faster then.
+    """
+    if n_rep > 1:
+        return jax.vmap(steps, in_axes=(0, 0, None, 0), spmd_axis_name="replicate")
 
     def steps_1(state, hyper, tokens_N, batches):
         state, hyper, batches = jax.tree.map(lambda x: x[0], (state, hyper, batches))
@@ -238,9 +243,7 @@ def make_train_chunk(cfg: Config, end_of_text: int) -> Callable:
         return state, train, quant_scalars(state.params, codes_before)
 
     def chunk(state, hyper, evals, tokens_N, batches):
-        steps_R = jax.vmap(steps, in_axes=(0, 0, None, 0), spmd_axis_name="replicate")
-        if batches.shape[0] == 1:  # without the axis XLA:CPU multiplies and reduces faster
-            steps_R = _without_axis(steps)
+        steps_R = over_replicates(steps, batches.shape[0])
         state, train, quantised = steps_R(state, hyper, tokens_N, batches)
         return state, train, evaluate(cfg, state.params, hyper, evals, end_of_text) | quantised
 
