@@ -44,40 +44,41 @@ def relu2_glu(gate_BLF: jax.Array, up_BLF: jax.Array) -> jax.Array:
     return jnp.square(nn.relu(gate_BLF)) * up_BLF
 
 
-def bit_linear(x: jax.Array, w_DF: jax.Array, hyper: Hyper) -> jax.Array:
-    """Quantised activations times quantised weights, in the type of `x`."""
-    w_q = quant.quantize_weight(w_DF, hyper.weight_quant, x.dtype)
-    return quant.quantize_activation(x, hyper.act_quant) @ w_q
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def head_product(x_ND: jax.Array, head: jax.Array, axis: int) -> jax.Array:
-    """Logits [N, V] in float32 of a head [D, V] (axis 0) or [V, D] (axis 1).
+def product(x_ND: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    """Rows times a matrix [D, F] (axis 0) or [F, D] (axis 1): float32 [N, F].
 
-    A custom_vjp on rows, because the derived gradient of the head is computed transposed under
-    vmap: on a CPU and for a large vocabulary, the copies take a third of the step.
+    A custom_vjp on rows, because XLA:CPU computes the derived gradient of a matrix transposed: for
+    a large vocabulary the copies take a third of the step.
     """
-    return _product(x_ND, head, 1, axis)
+    return _dot(x_ND, w, 1, axis)
 
 
-def _product(a, b, axis_a, axis_b):
+def _dot(a, b, axis_a, axis_b):
     contracted = (((axis_a,), (axis_b,)), ((), ()))
     return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
 
 
-def _head_fwd(x_ND, head, axis):
-    return head_product(x_ND, head, axis), (x_ND, head)
+def _product_fwd(x_ND, w, axis):
+    return product(x_ND, w, axis), (x_ND, w)
 
 
-def _head_bwd(axis, residuals, grad_NV):
-    x_ND, head = residuals
-    grad_NV = grad_NV.astype(x_ND.dtype)
-    pair = (x_ND, grad_NV) if axis == 0 else (grad_NV, x_ND)
-    grad_head = _product(*pair, 0, 0)
-    return _product(grad_NV, head, 1, 1 - axis).astype(x_ND.dtype), grad_head.astype(head.dtype)
+def _product_bwd(axis, residuals, grad_NF):
+    x_ND, w = residuals
+    grad_NF = grad_NF.astype(x_ND.dtype)
+    pair = (x_ND, grad_NF) if axis == 0 else (grad_NF, x_ND)
+    grad_x, grad_w = _dot(grad_NF, w, 1, 1 - axis), _dot(*pair, 0, 0)
+    return grad_x.astype(x_ND.dtype), grad_w.astype(w.dtype)
 
 
-head_product.defvjp(_head_fwd, _head_bwd)
+product.defvjp(_product_fwd, _product_bwd)
+
+
+def bit_linear(x: jax.Array, w_DF: jax.Array, hyper: Hyper) -> jax.Array:
+    """Quantised activations times quantised weights, in the type of `x`."""
+    w_q = quant.quantize_weight(w_DF, hyper.weight_quant, x.dtype)
+    x_ND = quant.quantize_activation(x.reshape(-1, x.shape[-1]), hyper.act_quant)
+    return product(x_ND, w_q, 0).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def kernel_init(cfg: ModelConfig):
@@ -184,7 +185,7 @@ class Transformer(nn.Module):
         x_BLD = RMSNorm(cfg, name="final_norm")(x_BLD)
         head = embed.embedding if cfg.tied_embedding else Head(cfg, name="head")()
         x_ND = x_BLD.reshape(-1, cfg.d_model)
-        logits_NV = head_product(x_ND, head.astype(cfg.dtype), int(cfg.tied_embedding))
+        logits_NV = product(x_ND, head.astype(cfg.dtype), int(cfg.tied_embedding))
         return hyper.logit_scale * logits_NV.reshape(*tokens_BL.shape, cfg.vocab_size)
 
 

@@ -103,7 +103,7 @@ def _train(program: Program, settings: dict, workdir: Path) -> dict:
     metrics = log.Metrics(workdir, start, program.replicates)
     tokens_per_step = len(program.replicates) * cfg.data.batch_size * cfg.data.seq_len
     progress = log.Progress(start, cfg.run.steps, tokens_per_step)
-    make_rows = _row_maker(program)
+    make_rows = row_maker(program)
 
     def emit(step, trained, evaluated):
         trained, evaluated = jax.device_get((trained, evaluated))
@@ -202,7 +202,7 @@ def _describe(program: Program, settings: dict, workdir: Path) -> None:
         log.write_json(workdir / "config.json", described)
 
 
-def _row_maker(program: Program):
+def row_maker(program: Program):
     """Return a function from the numbers of one chunk to rows of plain values."""
     cfg, replicates = program.cfg, program.replicates
     steps = np.arange(cfg.run.steps + 1)

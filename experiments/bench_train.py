@@ -99,7 +99,7 @@ class Trainer:
 
     def loop(self, n_chunks: int, metrics: log.Metrics) -> float:
         """Seconds of chunks with the host's work around them, as `run.run` does it."""
-        make_rows = run._row_maker(self.program)
+        make_rows = run.row_maker(self.program)
         ends = [self.step + K * i for i in range(1, n_chunks + 1)]
         self.step = ends[-1]
 
