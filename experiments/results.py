@@ -29,6 +29,7 @@ def load(name: str) -> list[dict]:
 
 def append(name: str, rows: list[dict]) -> None:
     """Append the rows whose `id` is not there yet."""
+    FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.jsonl"
     known = {row["id"] for row in log.read_rows(path)}
     with path.open("a") as file:
