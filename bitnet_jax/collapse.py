@@ -127,15 +127,17 @@ def verdict(row: dict, references: dict, sum_lr: float) -> str:
     unigram_transit  word frequencies are being learned (normal early on)
     dead             loss near ln V although weights had time to move
     underscaled      loss above the unigram's, entropy above the loss: larger logits would help
-    slow             loss above the unigram's, calibrated
+    collapsed        loss above the unigram's, predictions do not depend on the context
+    slow             loss above the unigram's, predictions depend on the context
     """
     loss, entropy = row["eval/loss"], row["collapse/entropy"]
     ln_v, unigram = references["uniform"]["loss"], references["unigram"]["loss"]
     early = sum_lr < 0.05
     if not (math.isfinite(loss) and math.isfinite(entropy)):
         return "nonfinite"
+    informed = row["collapse/mutual_information"] > 0.05
     if loss < unigram:
-        return "healthy" if row["collapse/mutual_information"] > 0.05 else "context_blind"
+        return "healthy" if informed else "context_blind"
     if early and abs(loss - (ln_v + row["collapse/logit_std"] ** 2 / 2)) < 0.1:
         return "init"
     if loss - entropy > 1:
@@ -144,4 +146,6 @@ def verdict(row: dict, references: dict, sum_lr: float) -> str:
         return "unigram_transit"
     if loss > ln_v - 0.05:
         return "dead"
-    return "underscaled" if loss - entropy < -0.3 else "slow"
+    if loss - entropy < -0.3:
+        return "underscaled"
+    return "slow" if informed else "collapsed"

@@ -245,6 +245,7 @@ def verdict(loss, entropy, sum_lr, logit_std=0.3, mutual_information=0.0):
         ("dead", {"loss": 10.81, "entropy": 10.82, "sum_lr": 0.4, "logit_std": 0.01}),
         ("dead", {"loss": 10.98, "entropy": 10.66, "sum_lr": 0.4, "logit_std": 0.577}),
         ("slow", {"loss": 7.56, "entropy": 7.33, "sum_lr": 0.4, "mutual_information": 0.44}),
+        ("collapsed", {"loss": 7.09, "entropy": 7.38, "sum_lr": 0.4, "mutual_information": 0.004}),
         ("nonfinite", {"loss": math.nan, "entropy": 6.5, "sum_lr": 0.4}),
         ("nonfinite", {"loss": 6.5, "entropy": math.inf, "sum_lr": 0.4}),
         ("nonfinite", {"loss": math.inf, "entropy": 6.5, "sum_lr": 0.4}),
