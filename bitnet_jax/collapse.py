@@ -47,7 +47,7 @@ def stats(
 
     `weights_BL` marks the scored positions with 1; `token_bytes_V` gives each token's bytes.
     Replicates and positions are flattened to rows because XLA:CPU reduces two-dimensional arrays
-    several times faster than vmapped ones.
+    faster than vmapped ones.
     """
     n_rep, vocab = logits_RBLV.shape[0], logits_RBLV.shape[-1]
     z = logits_RBLV.reshape(-1, vocab).astype(jnp.float32)  # [R * N, V]
