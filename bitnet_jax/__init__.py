@@ -2,6 +2,6 @@
 
 Data flows one way; a module imports only from those before it:
 
-config -> tokenizer -> corpus -> data -> reference -> quant -> model -> collapse -> loss -> optim
--> sharding -> train -> checkpoint -> program -> generate -> log -> charts -> report -> run
+config -> presets -> tokenizer -> corpus -> data -> reference -> quant -> model -> collapse -> loss
+-> optim -> sharding -> train -> checkpoint -> program -> generate -> log -> charts -> report -> run
 """

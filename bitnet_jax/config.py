@@ -1,4 +1,4 @@
-"""What a run is: static configuration, hyper-parameters as data, presets, overrides.
+"""What a run is: static configuration, and hyper-parameters as data.
 
 `Config` decides the compiled program. `Hyper` holds every number that a sweep varies: a pytree that
 the jitted step takes as an argument, so one program serves every arm of a sweep.
@@ -7,9 +7,7 @@ the jitted step takes as an argument, so one program serves every arm of a sweep
 import dataclasses
 import hashlib
 import json
-import types
-import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import flax.struct
 import jax
@@ -45,6 +43,14 @@ class ModelConfig:
     n_kv_heads: int = _field(4, "key and value heads")
     d_ff: int = _field(512, "width of the gated feed-forward layer")
     tied_embedding: bool = _field(True, "use the embedding as the output head")
+    output_bias: bool = _field(
+        False, "add a bias to the logits, starting at the log unigram probabilities; never decayed"
+    )
+    weight_format: str = _field(
+        "ternary",
+        "what quantised weights hold: absmean ternary, or absmax 4 or 8 bits",
+        ("ternary", "int4", "int8"),
+    )
     rope_theta: float = _field(500_000.0, "base of the rotary frequencies")
     norm_eps: float = _field(1e-5, "added to the mean square inside RMSNorm")
     dtype: str = _field("float32", "compute type of activations", ("float32", "bfloat16"))
@@ -156,12 +162,7 @@ class RunConfig:
         if self.steps < 2:
             raise UserError(f"run.steps={self.steps}: two stages need at least 2 steps")
         if not self.recipes:
-            raise UserError(f"run.recipes is empty; known: {', '.join(sorted(RECIPES))}")
-        for name in self.recipes:
-            if name not in RECIPES:
-                raise UserError(
-                    f"run.recipes: unknown recipe {name!r}; known: {', '.join(sorted(RECIPES))}"
-                )
+            raise UserError("run.recipes is empty; name at least one")
         if self.init is not None and not self.init.startswith("fork:"):
             raise UserError(f"run.init={self.init}: use fork:WORKDIR[@STEP[:REPLICATE]]")
 
@@ -192,40 +193,24 @@ class Hyper:
     decoupled_2: float = _field(0.0, "decoupled weight decay (AdamW) in stage 2")
     coupled_1: float = _field(0.0, "L2 added to the gradient before Adam (torch's Adam), stage 1")
     coupled_2: float = _field(0.0, "L2 added to the gradient before Adam, stage 2")
+    unscaled_1: float = _field(0.0, "decay not multiplied by the learning rate (a fault), stage 1")
+    unscaled_2: float = _field(0.0, "decay not multiplied by the learning rate (a fault), stage 2")
     decay_rest: float = _field(0.0, "share of the decay for embedding, head and norms (1: all)")
+    head_lr: float = _field(1.0, "factor on the updates of the output matrix (0: frozen)")
     logit_scale: float = _field(1.0, "factor on the logits")
-    weight_quant: float = _field(1.0, "weight quantisation strength (0: none, 1: ternary)")
+    weight_quant: float = _field(1.0, "weight quantisation strength (0: none, 1: full)")
     act_quant: float = _field(1.0, "activation quantisation strength (0: none, 1: int8)")
+    quant_warmup_steps: float = _field(0.0, "steps in which both strengths grow linearly from 0")
+    label_smoothing: float = _field(0.0, "share of the target spread evenly over the vocabulary")
+    z_loss: float = _field(0.0, "weight of (log sum exp of the logits)^2")
+    entropy_bonus: float = _field(0.0, "weight of 1 - entropy / ln V")
+    frequency_penalty: float = _field(0.0, "weight of the predictions' mean log unigram frequency")
+    diversity_bonus: float = _field(0.0, "weight of the probability of tokens seen in the window")
+    coverage: float = _field(0.0, "weight of KL(unigram || mean prediction of the batch)")
+    unlikelihood: float = _field(0.0, "weight of -log(1 - q) of the window's earlier tokens")
 
 
 HYPER_FIELDS = tuple(f.name for f in dataclasses.fields(Hyper))
-
-
-def _report_hyper(steps: int, **decay) -> Hyper:
-    warmup = 375 if steps // 2 > 375 else max(1, steps // 10)
-    return Hyper(warmup_steps=float(warmup), decay_rest=1.0, **decay)
-
-
-def _b158_hyper(steps: int) -> Hyper:
-    """Each stage follows the line from its peak at the end of warm-up to 0 at the last step."""
-    warmup = max(1, min(375, steps // 20))
-    left = (steps - steps // 2) / (steps - warmup)
-    return Hyper(
-        warmup_steps=float(warmup),
-        lr_peak=1.5e-3,
-        lr_stage1_end=1.5e-3 * left,
-        lr_stage2_start=1.0e-3 * left,
-        lr_final=0.0,
-        decoupled_1=0.1,
-        decoupled_2=0.0,
-    )
-
-
-RECIPES = {
-    "report": lambda steps: _report_hyper(steps, coupled_1=0.1, coupled_2=0.05),
-    "report_decoupled": lambda steps: _report_hyper(steps, decoupled_1=0.1, decoupled_2=0.05),
-    "b158": _b158_hyper,
-}
 
 
 @dataclass(frozen=True)
@@ -236,115 +221,6 @@ class Replicate:
     seed: int
     data_seed: int
     hyper: Hyper
-
-
-PRESETS = {
-    "tiny": Config(
-        ModelConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=64),
-        DataConfig(tokenizer="bpe:300", seq_len=16, batch_size=4),
-        run=RunConfig(steps=20, eval_every=5, save_every=5, checkpoint_every=10),
-    ),
-    "quick": Config(),
-    "report": Config(
-        ModelConfig(layout="report", vocab_size=50257, tied_embedding=False, rope_theta=10_000.0),
-        DataConfig(
-            tokenizer="gpt2",
-            seq_len=32,
-            batch_size=4,
-            order="sequential",
-            eval_batches=4,
-            track="first_batch",
-            score_last=False,
-        ),
-        run=RunConfig(1000, ("report", "report_decoupled"), eval_every=5, save_every=250),
-    ),
-    "b158": Config(
-        ModelConfig(),
-        DataConfig(tokenizer="gpt2", seq_len=32, batch_size=4, eval_batches=4),
-        run=RunConfig(steps=1000, recipes=("b158",), save_every=250),
-    ),
-    "125m": Config(
-        ModelConfig(
-            d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, d_ff=2048, dtype="bfloat16"
-        ),
-        DataConfig(tokenizer="gpt2", seq_len=1024, batch_size=32),
-        run=RunConfig(steps=10_000, recipes=("b158",), eval_every=100, save_every=500),
-    ),
-    "700m": Config(
-        ModelConfig(
-            d_model=1536, n_layers=24, n_heads=24, n_kv_heads=24, d_ff=4096, dtype="bfloat16"
-        ),
-        DataConfig(tokenizer="gpt2", seq_len=2048, batch_size=16),
-        run=RunConfig(steps=100_000, recipes=("b158",), eval_every=100, save_every=500),
-    ),
-}
-
-
-def preset(name: str) -> Config:
-    """Return a preset by name; raises UserError when there is none."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def override(cfg: Config, assignments: list[str]) -> tuple[Config, dict[str, float]]:
-    """Apply `section.field=value` strings; returns the Config and the overrides of `hyper.*`.
-
-    Raises UserError that names the field, the value and what is accepted.
-    """
-    sections: dict[str, dict] = {}
-    hyper: dict[str, float] = {}
-    for text in assignments:
-        path, equals, value = text.partition("=")
-        section, _, name = path.strip().partition(".")
-        if not equals or not name:
-            raise UserError(f"--set {text}: write it as section.field=value")
-        if section == "hyper":
-            _known(name, HYPER_FIELDS, "hyper field")
-            hyper[name] = _parse(value, float, path)
-            continue
-        _known(section, ["model", "data", "optim", "run", "hyper"], "--set section")
-        part = getattr(cfg, section)
-        fields = {f.name: f for f in dataclasses.fields(part)}
-        _known(name, fields, f"{section} field")
-        parsed = _parse(value, fields[name].type, path)
-        choices = fields[name].metadata["choices"]
-        if choices and parsed not in choices:
-            raise UserError(f"{path}={value}: use {' or '.join(choices)}")
-        sections.setdefault(section, {})[name] = parsed
-    changed = {k: replace(getattr(cfg, k), **v) for k, v in sections.items()}
-    return replace(cfg, **changed), hyper
-
-
-def make_replicates(
-    cfg: Config, seeds: list[int], hyper_overrides: dict[str, float]
-) -> list[Replicate]:
-    """One replicate per recipe and seed, seeds fastest; checks the schedules."""
-    replicates = [
-        Replicate(
-            name, seed, cfg.data.seed, RECIPES[name](cfg.run.steps).replace(**hyper_overrides)
-        )
-        for name in cfg.run.recipes
-        for seed in seeds
-    ]
-    for rep in replicates:
-        check_hyper(cfg.run, rep.hyper)
-    return replicates
-
-
-def check_hyper(run: RunConfig, hyper: Hyper) -> None:
-    """Raise UserError if the numbers of a replicate make no schedule."""
-    for name in HYPER_FIELDS:
-        if not 0 <= getattr(hyper, name) < float("inf"):
-            raise UserError(f"hyper.{name}={getattr(hyper, name):g}: must be finite and at least 0")
-    for name in ("weight_quant", "act_quant"):
-        if getattr(hyper, name) > 1:
-            raise UserError(f"hyper.{name}={getattr(hyper, name):g}: must lie between 0 and 1")
-    if hyper.warmup_steps > run.boundary:
-        raise UserError(
-            f"hyper.warmup_steps={hyper.warmup_steps:g} lies past the stage boundary at step "
-            f"{run.boundary} (run.steps={run.steps}); use 0 to {run.boundary}"
-        )
 
 
 def stack_hypers(replicates: list[Replicate]) -> Hyper:
@@ -375,26 +251,3 @@ def run_id(name: str, cfg: Config, replicates: list[Replicate]) -> str:
     """`name` and eight hex digits of the resolved configuration."""
     text = json.dumps(to_json(cfg, replicates), sort_keys=True)
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _known(name, names, kind):
-    if name not in names:
-        raise UserError(f"unknown {kind} {name!r}; known: {', '.join(names)}")
-
-
-def _parse(text: str, kind, path: str):
-    if isinstance(kind, types.UnionType):
-        if text.lower() in ("none", "null", ""):
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if typing.get_origin(kind) is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"{path}={text}: expected true or false")
-        return text.lower() == "true"
-    try:
-        return kind(text)
-    except ValueError:
-        wanted = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{path}={text}: expected {wanted}") from None

@@ -1,8 +1,18 @@
-"""Training losses."""
+"""Training losses: cross-entropy, and the regularisers that may be added to it.
+
+Every regulariser is a mean over the scored positions n, with z the logits, q = softmax z, y the
+targets, pi the unigram probabilities of the training text and V the vocabulary size. All but the
+z-loss move the optimum away from the distribution of the text; `next_token_loss` stays the number
+that is reported.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from bitnet_jax.config import Hyper
 
 
 def next_token_loss(logits_BLV: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array):
@@ -14,4 +24,110 @@ def next_token_loss(logits_BLV: jax.Array, targets_BL: jax.Array, weights_BL: ja
     nll_BL = optax.softmax_cross_entropy_with_integer_labels(
         logits_BLV.astype(jnp.float32), targets_BL
     )
-    return jnp.sum(nll_BL * weights_BL) / jnp.maximum(jnp.sum(weights_BL), 1.0)
+    return scored_mean(nll_BL, weights_BL)
+
+
+def scored_mean(values_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+    """Mean of the scored positions; 0 without any."""
+    return jnp.sum(values_BL * weights_BL) / jnp.maximum(jnp.sum(weights_BL), 1.0)
+
+
+class Predictions(NamedTuple):
+    """What the regularisers look at."""
+
+    log_q_BLV: jax.Array
+    logsumexp_BL: jax.Array
+    inputs_BL: jax.Array
+    targets_BL: jax.Array
+    weights_BL: jax.Array
+    unigram_V: jax.Array
+
+
+def label_smoothing(p: Predictions) -> jax.Array:
+    """mean_v(-log q_v) + log q_y: times eps, it turns CE into CE against (1 - eps) y + eps / V."""
+    log_q_y = jnp.take_along_axis(p.log_q_BLV, p.targets_BL[..., None], axis=-1)[..., 0]
+    return scored_mean(log_q_y - jnp.mean(p.log_q_BLV, axis=-1), p.weights_BL)
+
+
+def z_loss(p: Predictions) -> jax.Array:
+    """(log sum exp z)^2: keeps the normaliser near 1 (PaLM, arXiv 2204.02311, section 5)."""
+    return scored_mean(jnp.square(p.logsumexp_BL), p.weights_BL)
+
+
+def entropy_bonus(p: Predictions) -> jax.Array:
+    """1 - entropy(q) / ln V: the confidence penalty (arXiv 1701.06548) up to a constant."""
+    entropy_BL = -jnp.sum(jnp.exp(p.log_q_BLV) * p.log_q_BLV, axis=-1)
+    return scored_mean(1 - entropy_BL / jnp.log(p.log_q_BLV.shape[-1]), p.weights_BL)
+
+
+def frequency_penalty(p: Predictions) -> jax.Array:
+    """sum_v q_v log pi_v - log min(pi): predicting frequent tokens costs more than rare ones."""
+    log_pi_V = jnp.log(p.unigram_V)
+    return scored_mean(jnp.exp(p.log_q_BLV) @ (log_pi_V - jnp.min(log_pi_V)), p.weights_BL)
+
+
+def diversity_bonus(p: Predictions) -> jax.Array:
+    """Probability of the tokens that the window holds up to n: a reward for unseen ones."""
+    log_q_BLM, first_BLM = _seen(p.log_q_BLV, p.inputs_BL)
+    return scored_mean(jnp.sum(first_BLM * jnp.exp(log_q_BLM), axis=-1), p.weights_BL)
+
+
+def coverage(p: Predictions) -> jax.Array:
+    """KL(pi || mean q over the scored positions): the batch's predictions cover the vocabulary."""
+    mean_q_V = jnp.einsum("blv,bl->v", jnp.exp(p.log_q_BLV), p.weights_BL)
+    mean_q_V = mean_q_V / jnp.maximum(jnp.sum(p.weights_BL), 1.0)
+    log_mean = jnp.log(jnp.maximum(mean_q_V, 1e-30))
+    return jnp.sum(p.unigram_V * (jnp.log(p.unigram_V) - log_mean))
+
+
+def unlikelihood(p: Predictions) -> jax.Array:
+    """-log(1 - q_c) over the tokens c of the window up to n, not y (arXiv 1908.04319, eq. 4)."""
+    log_q_BLM, first_BLM = _seen(p.log_q_BLV, p.inputs_BL)
+    wrong_BLM = first_BLM & (p.inputs_BL[:, None, :] != p.targets_BL[..., None])
+    q_BLM = jnp.minimum(jnp.exp(log_q_BLM), 1 - 1e-6)
+    return scored_mean(jnp.sum(-jnp.log1p(-jnp.where(wrong_BLM, q_BLM, 0)), axis=-1), p.weights_BL)
+
+
+def _seen(log_q_BLV, inputs_BL):
+    """log q at position n of the input token m, and whether m <= n is its first occurrence."""
+    length = inputs_BL.shape[1]
+    same_BMM = inputs_BL[:, :, None] == inputs_BL[:, None, :]
+    earlier = jnp.tril(jnp.ones((length, length), bool), -1)
+    first_BM = ~jnp.any(same_BMM & earlier, axis=-1)
+    first_BLM = first_BM[:, None, :] & jnp.tril(jnp.ones((length, length), bool))
+    index_BLM = jnp.broadcast_to(inputs_BL[:, None, :], first_BLM.shape)
+    return jnp.take_along_axis(log_q_BLV, index_BLM, axis=-1), first_BLM
+
+
+# Their weights are the fields of `Hyper` of the same names.
+REGULARISERS = {
+    f.__name__: f
+    for f in (
+        label_smoothing,
+        z_loss,
+        entropy_bonus,
+        frequency_penalty,
+        diversity_bonus,
+        coverage,
+        unlikelihood,
+    )
+}
+
+
+def regularisation(
+    names: tuple[str, ...],
+    logits_BLV: jax.Array,
+    windows_BL: jax.Array,
+    weights_BL: jax.Array,
+    unigram_V: jax.Array,
+    hyper: Hyper,
+) -> jax.Array:
+    """Weighted sum of the named regularisers on windows of L + 1 tokens."""
+    if not names:
+        return jnp.zeros(())
+    z_BLV = logits_BLV.astype(jnp.float32)
+    logsumexp_BL = jax.nn.logsumexp(z_BLV, axis=-1)
+    log_q_BLV = z_BLV - logsumexp_BL[..., None]
+    inputs_BL, targets_BL = windows_BL[:, :-1], windows_BL[:, 1:]
+    p = Predictions(log_q_BLV, logsumexp_BL, inputs_BL, targets_BL, weights_BL, unigram_V)
+    return sum(getattr(hyper, name) * REGULARISERS[name](p) for name in names)

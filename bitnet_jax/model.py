@@ -74,9 +74,12 @@ def _product_bwd(axis, residuals, grad_NF):
 product.defvjp(_product_fwd, _product_bwd)
 
 
-def bit_linear(x: jax.Array, w_DF: jax.Array, hyper: Hyper) -> jax.Array:
+def bit_linear(
+    x: jax.Array, w_DF: jax.Array, hyper: Hyper, weight_format: str = "ternary"
+) -> jax.Array:
     """Quantised activations times quantised weights, in the type of `x`."""
-    w_q = quant.quantize_weight(w_DF, hyper.weight_quant, x.dtype)
+    largest = quant.LARGEST_CODE[weight_format]
+    w_q = quant.quantize_weight(w_DF, hyper.weight_quant, x.dtype, largest)
     x_ND = quant.quantize_activation(x.reshape(-1, x.shape[-1]), hyper.act_quant)
     return product(x_ND, w_q, 0).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -116,7 +119,8 @@ class BitLinear(nn.Module):
         if self.cfg.layout == "report":
             x = RMSNorm(self.cfg, name="norm")(x)
         shape = (x.shape[-1], self.features)
-        return bit_linear(x, self.param("kernel", kernel_init(self.cfg), shape, jnp.float32), hyper)
+        w_DF = self.param("kernel", kernel_init(self.cfg), shape, jnp.float32)
+        return bit_linear(x, w_DF, hyper, self.cfg.weight_format)
 
 
 class Attention(nn.Module):
@@ -186,7 +190,11 @@ class Transformer(nn.Module):
         head = embed.embedding if cfg.tied_embedding else Head(cfg, name="head")()
         x_ND = x_BLD.reshape(-1, cfg.d_model)
         logits_NV = product(x_ND, head.astype(cfg.dtype), int(cfg.tied_embedding))
-        return hyper.logit_scale * logits_NV.reshape(*tokens_BL.shape, cfg.vocab_size)
+        logits_BLV = hyper.logit_scale * logits_NV.reshape(*tokens_BL.shape, cfg.vocab_size)
+        if cfg.output_bias:
+            zeros = nn.initializers.zeros
+            logits_BLV += self.param("output_bias", zeros, (cfg.vocab_size,), jnp.float32)
+        return logits_BLV
 
 
 class Head(nn.Module):

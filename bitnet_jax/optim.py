@@ -15,13 +15,15 @@ import optax
 from bitnet_jax.config import Hyper, OptimConfig, RunConfig
 
 # Every parameter matches exactly one rule. Only `matrix` parameters are ternary, and only they are
-# decayed in full; the other groups get `hyper.decay_rest` of the decay.
+# decayed in full; the output bias is never decayed; the other groups get `hyper.decay_rest` of it.
 DECAY_RULES = (
     (r"embed/embedding", "embedding"),
     (r"head/kernel", "head"),
     (r"block_\d+/(attn|ffn)/\w+/kernel", "matrix"),
     (r"(\w+/)*\w*norm/scale", "norm"),
+    (r"output_bias", "bias"),
 )
+DECAYED_IN_PART = ("embedding", "head", "norm")
 GROUPS = tuple(group for _, group in DECAY_RULES)
 
 
@@ -42,13 +44,18 @@ def param_groups(params) -> dict:
     return jax.tree.map_with_path(group, params)
 
 
+def output_group(groups) -> str:
+    """The group of the output matrix: the head, or the embedding when they are tied."""
+    return "head" if "head" in jax.tree.leaves(groups) else "embedding"
+
+
 def decay_table(params) -> list[str]:
     """One line per parameter: path, shape, group and whether it is decayed."""
     shapes = jax.tree.leaves_with_path(params)
     groups = jax.tree.leaves(param_groups(params))
     return [
         f"{path_name(path):32} {'x'.join(map(str, p.shape)):>12}  {group:9} "
-        f"{'decayed' if group == 'matrix' else 'decay_rest'}"
+        f"{ {'matrix': 'decayed', 'bias': 'not decayed'}.get(group, 'decay_rest') }"
         for (path, p), group in zip(shapes, groups, strict=True)
     ]
 
@@ -73,7 +80,7 @@ def by_stage(n: jax.Array, run: RunConfig, stage1: jax.Array, stage2: jax.Array)
 def _decay(rate: Callable, rest: jax.Array, groups) -> optax.GradientTransformation:
     """Add rate * w to the updates of matrices and rest * rate * w to all others."""
     matrix = jax.tree.map(lambda g: g == "matrix", groups)
-    other = jax.tree.map(lambda g: g != "matrix", groups)
+    other = jax.tree.map(lambda g: g in DECAYED_IN_PART, groups)
     return optax.chain(
         optax.add_decayed_weights(rate, mask=matrix),
         optax.add_decayed_weights(lambda count: rest * rate(count), mask=other),
@@ -94,14 +101,16 @@ def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
 def make_optimizer(
     cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups
 ) -> optax.GradientTransformation:
-    """clip -> coupled decay -> Adam -> decoupled decay -> learning rate.
+    """clip -> coupled decay -> Adam -> decoupled decay -> learning rate -> unscaled decay.
 
     `update` takes the gradients' global norm as `grad_norm`, and computes it if it is not given.
 
     Before Adam's normaliser the decay is torch's `Adam(weight_decay=)`: a weight whose gradient is
     smaller than decay * w moves towards 0 by about the learning rate per step. After it, the decay
-    is AdamW's (arXiv 1711.05101): w shrinks by lr * decay * w.
+    is AdamW's (arXiv 1711.05101): w shrinks by lr * decay * w. After the learning rate it is the
+    fault of a decay that forgets the learning rate: w shrinks by decay * w at every step.
     """
+    output = jax.tree.map(lambda g: g == output_group(groups), groups)
 
     def coupled(count):
         return by_stage(count + 1, run, hyper.coupled_1, hyper.coupled_2)
@@ -109,12 +118,17 @@ def make_optimizer(
     def decoupled(count):
         return by_stage(count + 1, run, hyper.decoupled_1, hyper.decoupled_2)
 
+    def unscaled(count):
+        return -by_stage(count + 1, run, hyper.unscaled_1, hyper.unscaled_2)
+
     return optax.named_chain(
         ("clip", _clip(cfg.clip_norm)),
         ("coupled", _decay(coupled, hyper.decay_rest, groups)),
         ("adam", optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)),
         ("decoupled", _decay(decoupled, hyper.decay_rest, groups)),
         ("lr", optax.scale_by_learning_rate(lambda count: learning_rate(hyper, count + 1, run))),
+        ("head", optax.masked(optax.scale(hyper.head_lr), output)),
+        ("unscaled", _decay(unscaled, hyper.decay_rest, groups)),
     )
 
 
@@ -123,18 +137,22 @@ def last_update(
 ):
     """The n-th update, which led to `params`, recovered from Adam's moments after it.
 
-    With a the Adam direction and d the decoupled decay, u = -lr (a + d w) and params = w + u, so
-    w = (params + lr a) / (1 - lr d). Cheaper than carrying updates through the scan of a chunk.
+    With a the Adam direction, d the decoupled and f the unscaled decay, u = -lr (a + d w) - f w and
+    params = w + u, so w = (params + lr a) / (1 - lr d - f). Cheaper than carrying updates through
+    the scan of a chunk.
     """
-    lr = learning_rate(hyper, n, run)
-    decay = by_stage(n, run, hyper.decoupled_1, hyper.decoupled_2)
+    lr_n = learning_rate(hyper, n, run)
+    decoupled = by_stage(n, run, hyper.decoupled_1, hyper.decoupled_2)
+    unscaled = by_stage(n, run, hyper.unscaled_1, hyper.unscaled_2)
+    share = dict.fromkeys(DECAYED_IN_PART, hyper.decay_rest) | {"matrix": 1.0, "bias": 0.0}
     mu = optax.tree.bias_correction(opt_state["adam"].mu, cfg.beta1, n)
     nu = optax.tree.bias_correction(opt_state["adam"].nu, cfg.beta2, n)
 
     def update(group, param, m, v):
         a = m / (jnp.sqrt(v) + cfg.eps)
-        d = decay if group == "matrix" else decay * hyper.decay_rest
-        return -lr * (a + d * (param + lr * a) / (1 - lr * d))
+        lr = lr_n * hyper.head_lr if group == output_group(groups) else lr_n
+        shrink = (lr * decoupled + unscaled) * share[group]
+        return -lr * a - shrink * (param + lr * a) / (1 - shrink)
 
     return jax.tree.map(update, groups, params, mu, nu)
 

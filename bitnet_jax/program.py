@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import checkpoint, config, data, reference, sharding, train
+from bitnet_jax import checkpoint, config, data, loss, reference, sharding, train
 from bitnet_jax.config import Config, Replicate, UserError
 
 DEVICE_BYTES = 1 << 30  # a larger training split stays on the host
@@ -30,7 +30,8 @@ class Program:
     def init(self) -> train.TrainState:
         """All replicates at step 0, created where they live."""
         seeds = jnp.array([r.seed for r in self.replicates], jnp.uint32)
-        return jax.jit(_init_fn(self.cfg), out_shardings=self.state_sharding)(self.hyper, seeds)
+        init = jax.jit(_init_fn(self.cfg), out_shardings=self.state_sharding)
+        return init(self.hyper, seeds, self.evals.unigram_V)
 
     @functools.cached_property
     def state_sharding(self):
@@ -49,7 +50,7 @@ class Program:
     @functools.cached_property
     def _state_shapes(self):
         seeds = jax.ShapeDtypeStruct(self.hyper.lr_peak.shape, jnp.uint32)
-        return jax.eval_shape(_init_fn(self.cfg), self.hyper, seeds)
+        return jax.eval_shape(_init_fn(self.cfg), self.hyper, seeds, self.evals.unigram_V)
 
     def train_chunk(self, state, batches):
         """(state, train numbers, eval numbers) after one chunk; the state is donated."""
@@ -58,7 +59,12 @@ class Program:
     @functools.cached_property
     def jitted_chunk(self):
         """The program of `train.make_train_chunk`; it compiles once per length of chunk."""
-        chunk = train.make_train_chunk(self.cfg, self.tokens.tokenizer.end_of_text)
+        used = tuple(
+            name
+            for name in loss.REGULARISERS
+            if any(getattr(rep.hyper, name) for rep in self.replicates)
+        )
+        chunk = train.make_train_chunk(self.cfg, self.tokens.tokenizer.end_of_text, used)
         # Pinned, because the compiler may otherwise return the state under other shardings.
         out = (self.state_sharding, sharding.replicated(self.mesh), sharding.replicated(self.mesh))
         return jax.jit(chunk, donate_argnums=0, out_shardings=out)
@@ -87,7 +93,8 @@ class Program:
 
 
 def _init_fn(cfg):
-    return jax.vmap(lambda hyper, seed: train.init_state(cfg, hyper, seed))
+    init = functools.partial(train.init_state, cfg)
+    return jax.vmap(init, in_axes=(0, 0, None))
 
 
 def resolve_vocab(cfg: Config, vocab_size: int) -> Config:

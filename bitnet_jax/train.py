@@ -14,7 +14,7 @@ import optax
 
 from bitnet_jax import collapse, data, optim, quant, sharding
 from bitnet_jax.config import Config, Hyper
-from bitnet_jax.loss import next_token_loss
+from bitnet_jax.loss import next_token_loss, regularisation
 from bitnet_jax.model import Transformer
 
 
@@ -41,10 +41,14 @@ class EvalData:
     token_bytes_V: jax.Array
 
 
-def init_state(cfg: Config, hyper: Hyper, seed: jax.Array) -> TrainState:
-    """Initialise one replicate from its seed."""
+def init_state(
+    cfg: Config, hyper: Hyper, seed: jax.Array, unigram_V: jax.Array | None = None
+) -> TrainState:
+    """Initialise one replicate from its seed; an output bias starts at log `unigram_V`."""
     tokens_BL = jnp.zeros((1, 2), jnp.int32)
     params = Transformer(cfg.model).init(jax.random.key(seed), tokens_BL, hyper)["params"]
+    if cfg.model.output_bias and unigram_V is not None:
+        params = params | {"output_bias": jnp.log(unigram_V)}
     groups = optim.param_groups(params)
     opt_state = optim.make_optimizer(cfg.optim, cfg.run, hyper, groups).init(params)
     zero = jnp.zeros((), jnp.int32)
@@ -64,11 +68,29 @@ def group_norms(params, groups) -> dict[str, jax.Array]:
     return {g: optax.tree.norm(leaves) for g, leaves in by_group(params, groups).items()}
 
 
+def at_step(hyper: Hyper, step: jax.Array) -> Hyper:
+    """The numbers that hold after `step` updates: quantisation strengths grow during warm-up."""
+    ramp = jnp.where(
+        hyper.quant_warmup_steps > 0,
+        jnp.minimum(step / jnp.maximum(hyper.quant_warmup_steps, 1.0), 1.0),
+        1.0,
+    )
+    return hyper.replace(weight_quant=hyper.weight_quant * ramp, act_quant=hyper.act_quant * ramp)
+
+
 def train_step(
-    cfg: Config, state: TrainState, hyper: Hyper, windows_BL: jax.Array, end_of_text: int
+    cfg: Config,
+    state: TrainState,
+    hyper: Hyper,
+    windows_BL: jax.Array,
+    end_of_text: int,
+    regularisers: tuple[str, ...] = (),
+    unigram_V: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of one replicate on windows of L + 1 tokens.
 
+    The gradient is that of the cross-entropy plus the named `regularisers`; the loss in the
+    scalars is the cross-entropy alone.
     Once the loss or a gradient is not finite the parameters no longer change, and `state.failed`
     holds the number of that update.
     """
@@ -77,11 +99,15 @@ def train_step(
     tx = optim.make_optimizer(cfg.optim, cfg.run, hyper, groups)
     weights_BL = data.score_weights(windows_BL, end_of_text, cfg.data.score_last)
 
-    def loss_fn(params):
-        logits_BLV = model.apply({"params": params}, windows_BL[:, :-1], hyper)
-        return next_token_loss(logits_BLV, windows_BL[:, 1:], weights_BL)
+    now = at_step(hyper, state.step)
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    def loss_fn(params):
+        logits_BLV = model.apply({"params": params}, windows_BL[:, :-1], now)
+        loss = next_token_loss(logits_BLV, windows_BL[:, 1:], weights_BL)
+        extra = regularisation(regularisers, logits_BLV, windows_BL, weights_BL, unigram_V, hyper)
+        return loss + extra, loss
+
+    (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     grad_norms = jax.tree.map(jnp.linalg.norm, grads)
     n = state.step + 1
     norm = optax.tree.norm(grad_norms)
@@ -117,8 +143,8 @@ def update_scalars(cfg: Config, state: TrainState, hyper: Hyper) -> dict[str, ja
         "train/weight_decay": optim.by_stage(
             state.step,
             cfg.run,
-            hyper.coupled_1 + hyper.decoupled_1,
-            hyper.coupled_2 + hyper.decoupled_2,
+            hyper.coupled_1 + hyper.decoupled_1 + hyper.unscaled_1,
+            hyper.coupled_2 + hyper.decoupled_2 + hyper.unscaled_2,
         ),
     }
     for group, w in parts_w.items():
@@ -138,21 +164,22 @@ def matrices(params) -> dict[str, jax.Array]:
     return {optim.path_name(path): w for (path, w), group in named if group == "matrix"}
 
 
-def codes(params) -> dict[str, jax.Array]:
-    """int8 codes of the ternary parameters by path."""
+def codes(params, weight_format: str) -> dict[str, jax.Array]:
+    """int8 codes of the quantised parameters by path."""
+    largest = quant.LARGEST_CODE[weight_format]
     return {
-        name: quant.ternary_codes(w, quant.weight_scale(w)).astype(jnp.int8)
+        name: quant.weight_codes(w, quant.weight_scale(w, largest), largest).astype(jnp.int8)
         for name, w in matrices(params).items()
     }
 
 
-def quant_scalars(params, codes_before: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def quant_scalars(params, codes_before: dict[str, jax.Array], weight_format: str) -> dict:
     """Share of zero codes, share of codes that changed since `codes_before`, mean |w| by module."""
-    now = codes(params)
+    now = codes(params, weight_format)
     size = sum(q.size for q in now.values())
     scales: dict[str, list] = {}
     for name, w in matrices(params).items():
-        scales.setdefault(name.split("/")[-2], []).append(1 / quant.weight_scale(w))
+        scales.setdefault(name.split("/")[-2], []).append(jnp.mean(jnp.abs(w)))
     return {
         "quant/zero_rate": sum(jnp.sum(q == 0) for q in now.values()) / size,
         "quant/flip_rate": sum(jnp.sum(now[k] != codes_before[k]) for k in now) / size,
@@ -163,7 +190,10 @@ def quant_scalars(params, codes_before: dict[str, jax.Array]) -> dict[str, jax.A
 def evaluate(
     cfg: Config, params, hyper: Hyper, evals: EvalData, end_of_text: int
 ) -> dict[str, jax.Array]:
-    """The `eval/*`, `collapse/*` and `track/*` numbers of R replicates, each [R]."""
+    """The `eval/*`, `collapse/*` and `track/*` numbers of R replicates, each [R].
+
+    `hyper` is that of the step (`at_step`).
+    """
     model = Transformer(cfg.model)
 
     def forward(params, hyper, tokens_BL):
@@ -194,28 +224,30 @@ def make_eval(cfg: Config, end_of_text: int) -> Callable:
     """Return eval_step(state, hyper, evals) -> numbers [R]: a chunk's evaluation without steps."""
 
     def eval_step(state: TrainState, hyper: Hyper, evals: EvalData):
-        scalars = evaluate(cfg, state.params, hyper, evals, end_of_text)
-        return scalars | jax.vmap(lambda p: quant_scalars(p, codes(p)))(state.params)
+        now = at_step(hyper, state.step)
+        scalars = evaluate(cfg, state.params, now, evals, end_of_text)
+        fmt = cfg.model.weight_format
+        return scalars | jax.vmap(lambda p: quant_scalars(p, codes(p, fmt), fmt))(state.params)
 
     return eval_step
 
 
 def over_replicates(steps: Callable, n_rep: int) -> Callable:
-    """vmap steps(state, hyper, tokens_N, batches) over R replicates that share the tokens.
+    """vmap steps(state, hyper, shared, batches) over R replicates.
 
     One replicate runs without the axis: XLA:CPU multiplies and reduces faster then.
     """
     if n_rep > 1:
         return jax.vmap(steps, in_axes=(0, 0, None, 0), spmd_axis_name="replicate")
 
-    def steps_1(state, hyper, tokens_N, batches):
+    def steps_1(state, hyper, shared, batches):
         state, hyper, batches = jax.tree.map(lambda x: x[0], (state, hyper, batches))
-        return jax.tree.map(lambda x: x[None], steps(state, hyper, tokens_N, batches))
+        return jax.tree.map(lambda x: x[None], steps(state, hyper, shared, batches))
 
     return steps_1
 
 
-def make_train_chunk(cfg: Config, end_of_text: int) -> Callable:
+def make_train_chunk(cfg: Config, end_of_text: int, regularisers: tuple[str, ...] = ()) -> Callable:
     """Return chunk(state, hyper, evals, tokens_N, batches) -> (state, train, eval numbers).
 
     `batches` is [R, K, B] window ids into `tokens_N`, or, when `tokens_N` is None, the windows
@@ -223,13 +255,17 @@ def make_train_chunk(cfg: Config, end_of_text: int) -> Callable:
     `losses` is [R, K] and `grad_finite` [R, K, parameters].
     """
 
-    def steps(state, hyper, tokens_N, batches_KB):
-        codes_before = codes(state.params)
+    fmt = cfg.model.weight_format
+
+    def steps(state, hyper, shared, batches_KB):
+        tokens_N, unigram_V = shared
+        codes_before = codes(state.params, fmt)
 
         def body(state, batch):
             on_host = tokens_N is None
             windows_BL = batch if on_host else data.gather(tokens_N, batch, cfg.data.seq_len)
-            return train_step(cfg, state, hyper, sharding.split_batch(windows_BL), end_of_text)
+            windows_BL = sharding.split_batch(windows_BL)
+            return train_step(cfg, state, hyper, windows_BL, end_of_text, regularisers, unigram_V)
 
         state, scalars = jax.lax.scan(body, state, batches_KB)
         train = {
@@ -240,11 +276,12 @@ def make_train_chunk(cfg: Config, end_of_text: int) -> Callable:
             "losses": scalars["loss"],
             "grad_finite": scalars["grad_finite"],
         }
-        return state, train, quant_scalars(state.params, codes_before)
+        return state, train, quant_scalars(state.params, codes_before, fmt)
 
     def chunk(state, hyper, evals, tokens_N, batches):
         steps_R = over_replicates(steps, batches.shape[0])
-        state, train, quantised = steps_R(state, hyper, tokens_N, batches)
-        return state, train, evaluate(cfg, state.params, hyper, evals, end_of_text) | quantised
+        state, train, quantised = steps_R(state, hyper, (tokens_N, evals.unigram_V), batches)
+        now = at_step(hyper, state.step)
+        return state, train, evaluate(cfg, state.params, now, evals, end_of_text) | quantised
 
     return chunk

@@ -32,7 +32,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import config, data, log, optim, run, train
+from bitnet_jax import config, data, log, optim, presets, run, train
 from bitnet_jax import program as programs
 from experiments import common
 
@@ -471,7 +471,7 @@ def body(request: common.Request) -> None:
     schedule = replace(request.cfg.run, recipes=("b158",), steps=STEPS, eval_every=K, init=None)
     cfg = replace(request.cfg, run=schedule)
     seed = request.replicates[0].seed
-    replicates = config.make_replicates(cfg, [seed, seed + 1], {})
+    replicates = presets.make_replicates(cfg, [seed, seed + 1], {})
     one = start(programs.build(cfg, replicates[:1]))
     n_params = sum(x.size for x in jax.tree.leaves(one.program.abstract_state.params))
     record = Record(one.program.cfg, request.preset, n_params)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import absl.logging
 
-from bitnet_jax import config
+from bitnet_jax import config, presets
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.run import Interrupted, TrainingFailed
 
@@ -67,7 +67,7 @@ def parse(doc: str, name: str, default_preset: str, argv: list[str]) -> Request:
     parser.add_argument(
         "--preset",
         default=default_preset,
-        help=f"{' | '.join(config.PRESETS)} (default: {default_preset})",
+        help=f"{' | '.join(presets.PRESETS)} (default: {default_preset})",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.field=value", dest="overrides"
@@ -80,8 +80,8 @@ def parse(doc: str, name: str, default_preset: str, argv: list[str]) -> Request:
         "--resume", action="store_true", help="go on in a workdir that was interrupted"
     )
     args = parser.parse_args(argv)
-    cfg, hyper = config.override(config.preset(args.preset), args.overrides)
-    replicates = config.make_replicates(cfg, parse_seeds(args.seeds), hyper)
+    cfg, hyper = presets.override(presets.preset(args.preset), args.overrides)
+    replicates = presets.make_replicates(cfg, parse_seeds(args.seeds), hyper)
     workdir = args.workdir or Path("runs") / config.run_id(name, cfg, replicates)
     return Request(args.preset, cfg, replicates, workdir, args.resume)
 

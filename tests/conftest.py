@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from bitnet_jax import config
+from bitnet_jax import presets
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -25,6 +25,6 @@ def tiny(tmp_path, cache_folder, monkeypatch):
         f"the {n} cats sat on the {n % 7} mats, and {n * n} dogs ran." for n in range(3000)
     )
     (tmp_path / "corpus.txt").write_text(text)
-    cfg = config.preset("tiny")
+    cfg = presets.preset("tiny")
     data = dataclasses.replace(cfg.data, corpus=f"text:{tmp_path / 'corpus.txt'}")
     return dataclasses.replace(cfg, data=data)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bitnet_jax import config
+from bitnet_jax import config, presets
 from bitnet_jax.config import Config, UserError
 from bitnet_jax.run import Interrupted, TrainingFailed
 from experiments import common, train
@@ -107,7 +107,7 @@ def test_unknown_preset(command):
     status, _, err = command("--preset", "huge")
     assert (status, error_lines(err)) == (
         2,
-        [f"error: unknown preset 'huge'; known: {', '.join(config.PRESETS)}"],
+        [f"error: unknown preset 'huge'; known: {', '.join(presets.PRESETS)}"],
     )
 
 
@@ -177,7 +177,7 @@ def test_help_lists_every_field(command):
             assert field.metadata["help"] in out
     for name in config.HYPER_FIELDS:
         assert f"\n  hyper.{name}=" in out
-    for name in config.PRESETS:
+    for name in presets.PRESETS:
         assert name in out
 
 
@@ -187,8 +187,8 @@ def test_request_holds_what_was_asked(tmp_path):
     )
     request = common.parse("doc", "train", "tiny", [*arguments.split(), "--seeds", "3-4"])
     assert request.cfg == dataclasses.replace(
-        config.preset("report"),
-        run=dataclasses.replace(config.preset("report").run, steps=50),
+        presets.preset("report"),
+        run=dataclasses.replace(presets.preset("report").run, steps=50),
     )
     assert [(r.name, r.seed) for r in request.replicates] == [
         ("report", 3),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import config, generate
+from bitnet_jax import config, generate, presets
 from bitnet_jax.model import Transformer
 
 N_NEW = 6
@@ -16,7 +16,7 @@ N_NEW = 6
 @pytest.fixture(scope="module", params=["b158", "report"])
 def model(request):
     """A model with random weights that are large enough for its argmax to vary."""
-    cfg = config.preset("tiny")
+    cfg = presets.preset("tiny")
     tied = request.param == "b158"
     shape = replace(cfg.model, layout=request.param, vocab_size=61, n_layers=1, tied_embedding=tied)
     cfg = replace(cfg, model=shape)

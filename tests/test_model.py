@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from bitnet_jax import config
+from bitnet_jax import presets
 from bitnet_jax.config import Hyper, ModelConfig
 from bitnet_jax.model import Transformer, bit_linear, kernel_init, relu2_glu, rms_norm, rope
 
@@ -199,7 +199,7 @@ def test_parameter_names_and_shapes_are_those_of_checkpoints(layout):
 
 
 def test_the_report_preset_has_the_parameters_of_the_report():
-    sizes = {path: math.prod(s) for path, s in shapes(config.preset("report").model).items()}
+    sizes = {path: math.prod(s) for path, s in shapes(presets.preset("report").model).items()}
     assert sum(sizes.values()) == 28_360_448
     assert sizes["embed/embedding"] == 12_865_792
 
@@ -350,7 +350,7 @@ def test_one_program_serves_replicates_of_different_strength():
 @pytest.fixture(scope="module")
 def report_logits():
     """Logits [128, V] of a fresh model of the report, full size, on 4 x 32 random tokens."""
-    cfg = config.preset("report").model
+    cfg = presets.preset("report").model
     params = initialiser(cfg)(jax.random.key(0))
     logits_BLV = forward(cfg)(params, tokens(cfg, (4, 32)), Hyper())
     return np.asarray(logits_BLV).reshape(-1, 50257)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import erfc
 
-from bitnet_jax import config, optim
+from bitnet_jax import optim, presets
 from bitnet_jax.config import Hyper, ModelConfig, OptimConfig, RunConfig
 from bitnet_jax.model import Transformer
 
@@ -211,7 +211,7 @@ def test_a_changed_hyper_compiles_nothing(case):
     ],
 )
 def test_learning_rate_of_the_recipes_at_1000_steps(recipe, n, rate):
-    found = optim.learning_rate(config.RECIPES[recipe](1000), n, RunConfig(steps=1000))
+    found = optim.learning_rate(presets.RECIPES[recipe](1000), n, RunConfig(steps=1000))
     assert float(found) == pytest.approx(rate, rel=1e-5, abs=1e-12)
 
 
@@ -222,16 +222,16 @@ def test_learning_rate_without_warmup_starts_at_the_peak():
 
 
 @pytest.mark.parametrize("steps", [2, 3, 20])
-@pytest.mark.parametrize("recipe", config.RECIPES)
+@pytest.mark.parametrize("recipe", presets.RECIPES)
 def test_every_update_of_a_short_run_has_a_rate_within_the_peak(recipe, steps):
-    run, hyper = RunConfig(steps=steps), config.RECIPES[recipe](steps)
+    run, hyper = RunConfig(steps=steps), presets.RECIPES[recipe](steps)
     rates = np.asarray(optim.learning_rate(hyper, np.arange(1, steps + 1), run))
     assert np.all(rates[:-1] > 0) and rates[-1] == np.float32(hyper.lr_final)
     assert rates.max() == np.float32(1.5e-3)
 
 
 def test_the_report_can_move_a_weight_by_0688_in_all():
-    hyper = config.RECIPES["report"](1000)
+    hyper = presets.RECIPES["report"](1000)
     rates = optim.learning_rate(hyper, np.arange(1, 1001), RunConfig(steps=1000))
     assert np.asarray(rates, np.float64).sum() == pytest.approx(0.68788, abs=1e-4)
 
@@ -300,7 +300,7 @@ def test_a_parameter_with_two_decay_rules_is_refused(monkeypatch):
 
 def test_the_weights_beyond_1_1_that_the_report_counts_follow_from_the_schedule():
     """N(0, 1) embedding rows without gradient: 979,330 of 12,865,792 end beyond 1.1."""
-    run, hyper = RunConfig(steps=1000), config.RECIPES["report"](1000)
+    run, hyper = RunConfig(steps=1000), presets.RECIPES["report"](1000)
     start = np.linspace(1.75, 1.80, 101)
     end = optim.starved_weight(start, OptimConfig(), run, hyper)
     assert np.all(np.diff(end) > 0)
@@ -311,7 +311,7 @@ def test_the_weights_beyond_1_1_that_the_report_counts_follow_from_the_schedule(
 def test_starved_weights_equal_the_chain_without_loss_gradients():
     """Also where they overshoot 0, and with the schedule and the decay of both stages."""
     run = RunConfig(steps=200)
-    hyper = config.RECIPES["report"](200).replace(decay_rest=0.5, lr_peak=2e-2)
+    hyper = presets.RECIPES["report"](200).replace(decay_rest=0.5, lr_peak=2e-2)
     start = np.array([-2.5, -1.0, 0.2, 0.9, 1.774])
     params = {"embed": {"embedding": start}}
     zeros = {"embed": {"embedding": np.zeros((200, 5))}}

@@ -32,7 +32,7 @@ def numpy_activation(x):
 
 
 def weight_codes(w):
-    return quant.ternary_codes(w, quant.weight_scale(w))
+    return quant.weight_codes(w, quant.weight_scale(w))
 
 
 def activation_codes(x):

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bitnet_jax import config, sharding, train
+from bitnet_jax import config, presets, sharding, train
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_large_leaves_split_their_largest_divisible_axis(shape, n_data, spec):
 
 def test_every_leaf_of_a_state_is_placed_by_the_rule():
     """Vocabulary 8192 x width 32 reaches the limit, all else is small: embedding and moments."""
-    cfg, _ = config.override(config.preset("tiny"), ["model.vocab_size=8192"])
-    replicates = config.make_replicates(cfg, [0], {})
+    cfg, _ = presets.override(presets.preset("tiny"), ["model.vocab_size=8192"])
+    replicates = presets.make_replicates(cfg, [0], {})
     hyper = config.stack_hypers(replicates)
     state = jax.eval_shape(jax.vmap(lambda h, s: train.init_state(cfg, h, s)), hyper, jnp.arange(2))
     mesh = sharding.make_mesh(2, 4)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import config, data, sharding, train
+from bitnet_jax import config, data, presets, sharding, train
 from bitnet_jax import program as programs
 
 STEPS, EVERY = 40, 5  # of a chunk
@@ -88,7 +88,7 @@ def build(tmp_path_factory, cache_folder):
     """Build a program of the tiny model with one block: two recipes, two seeds, eight devices."""
     corpus = tmp_path_factory.mktemp("text") / "corpus.txt"
     corpus.write_text(TEXT)
-    cfg = config.preset("tiny")
+    cfg = presets.preset("tiny")
     cfg = replace(
         cfg,
         model=replace(cfg.model, n_layers=1),
@@ -104,7 +104,7 @@ def build(tmp_path_factory, cache_folder):
             some = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
             patch.setattr(sharding, "make_mesh", some)
             patch.setattr(sharding, "MIN_SHARDED", 2**10)  # so that leaves of a tiny model split
-            setup = Setup(programs.build(arm, config.make_replicates(arm, list(seeds), {})))
+            setup = Setup(programs.build(arm, presets.make_replicates(arm, list(seeds), {})))
         return setup
 
     return build
@@ -279,7 +279,7 @@ def abstract_chunk(cfg, n_rep=2):
 
 
 def layout(name, track="validation", dtype="float32"):
-    cfg = config.preset("tiny")
+    cfg = presets.preset("tiny")
     tied = name == "b158"
     model = replace(
         cfg.model, layout=name, vocab_size=300, tied_embedding=tied, dtype=dtype, n_layers=1
