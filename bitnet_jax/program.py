@@ -1,6 +1,7 @@
 """Everything a run holds fixed: tokens, devices, the start state and the compiled functions."""
 
 import functools
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,24 +161,41 @@ def start_state(program: Program, workdir: Path) -> tuple[train.TrainState, int]
     return program.init(), 0
 
 
+def checkpoint_place(text: str) -> tuple[Path, int, int | None]:
+    """Folder, step and replicate of `WORKDIR[@STEP[:REPLICATE]]`; the step defaults to the last.
+
+    Raises UserError when the folder holds no checkpoints.
+    """
+    folder, step, index = re.fullmatch(r"(.*?)(?:@(\d+)(?::(\d+))?)?", text).groups()
+    steps = checkpoint.kept_steps(Path(folder))
+    if not steps:
+        raise UserError(
+            f"{text}: no checkpoints in {folder}; write it as WORKDIR[@STEP[:REPLICATE]]"
+        )
+    return Path(folder), steps[-1] if step is None else int(step), index and int(index)
+
+
+def load_replicate(
+    workdir: Path, step: int, index: int
+) -> tuple[Config, Replicate, train.TrainState]:
+    """Configuration, identity and state of one replicate of a checkpoint; raises UserError."""
+    cfg, replicates = config.from_json(checkpoint.load_config(workdir, step))
+    one = jax.eval_shape(lambda: train.init_state(cfg, replicates[0].hyper, 0))
+    state = checkpoint.restore_replicate(workdir, step, index, one)
+    return cfg, replicates[index], state
+
+
 def fork_state(program: Program, source: str) -> tuple[train.TrainState, int]:
     """Restore WORKDIR[@STEP[:REPLICATE]]: all replicates, or one copied to all of this run's."""
-    folder, _, place = source.partition("@")
-    step_text, _, index = place.partition(":")
-    steps = checkpoint.kept_steps(Path(folder))
-    if not all(part.isdigit() for part in (step_text, index) if part):
-        raise UserError(f"run.init=fork:{source}: write it as fork:WORKDIR[@STEP[:REPLICATE]]")
-    if not steps:
-        raise UserError(f"run.init=fork:{source}: no checkpoints in {folder}")
-    step = int(step_text) if step_text else steps[-1]
+    folder, step, index = checkpoint_place(source)
     if step >= program.cfg.run.steps:
         raise UserError(
             f"run.init=fork:{source}: step {step} is past run.steps={program.cfg.run.steps}"
         )
-    if not index:
-        return checkpoint.restore(Path(folder), step, program.abstract_state), step
+    if index is None:
+        return checkpoint.restore(folder, step, program.abstract_state), step
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state)
-    state = checkpoint.restore_replicate(Path(folder), step, int(index), one)
+    state = checkpoint.restore_replicate(folder, step, index, one)
     n_rep = len(program.replicates)
     copies = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), state)
     return jax.device_put(copies, program.state_sharding), step

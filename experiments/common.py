@@ -13,6 +13,7 @@ import absl.logging
 from bitnet_jax import config, presets
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.run import Interrupted, TrainingFailed
+from experiments import page, results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +22,48 @@ class Request:
 
     preset: str
     cfg: Config
-    replicates: list[Replicate]
-    workdir: Path
+    seeds: list[int]
+    hyper: dict[str, float]  # overrides of every replicate's numbers
+    replicates: list[Replicate]  # every recipe of the configuration from every seed
+    workdir: Path  # for a sweep: the folder of its groups' workdirs and of its page
     resume: bool
+    at_once: int | None
+
+
+# The report's model at a size that trains 1000 replicate steps in about 20 s on 2 CPU cores:
+# what `--preset quick` means for an experiment that compares many arms.
+SMALL = (
+    "model.layout=report",
+    "model.tied_embedding=false",
+    "model.rope_theta=10000",
+    "model.d_model=128",
+    "model.n_layers=2",
+    "model.d_ff=256",
+    "data.tokenizer=bpe:2048",
+    "data.seq_len=32",
+    "data.eval_batches=4",
+    "run.steps=300",
+    "run.save_every=300",
+)
 
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops"  # a GPU resumes bitwise only with it
 
 
-def main(doc: str, name: str, default_preset: str, body: Callable[[Request], None]) -> None:
-    """Parse the command line and call `body`; mistakes become one line and an exit status."""
+def main(
+    doc: str,
+    name: str,
+    default_preset: str,
+    body: Callable[[Request], None],
+    *,
+    seeds: str = "0",
+    quick: tuple[str, ...] = (),
+    sweep: bool = False,
+) -> None:
+    """Parse the command line and call `body`; mistakes become one line and an exit status.
+
+    `quick` holds assignments that the experiment adds to the preset of that name.
+    """
     # Orbax warns about files that it does not need, and downloads about each of their retries; what
     # fails in the end raises.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -40,7 +73,7 @@ def main(doc: str, name: str, default_preset: str, body: Callable[[Request], Non
     if DETERMINISTIC not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()
     try:
-        body(parse(doc, name, default_preset, sys.argv[1:]))
+        body(parse(doc, name, default_preset, sys.argv[1:], seeds=seeds, quick=quick, sweep=sweep))
     except UserError as error:
         _exit(f"error: {error}", 2)
     except TrainingFailed as error:
@@ -56,8 +89,20 @@ def _exit(text: str, status: int) -> None:
     sys.exit(status)
 
 
-def parse(doc: str, name: str, default_preset: str, argv: list[str]) -> Request:
-    """Turn arguments into a Request; raises UserError for values that do not fit."""
+def parse(
+    doc: str,
+    name: str,
+    default_preset: str,
+    argv: list[str],
+    *,
+    seeds: str = "0",
+    quick: tuple[str, ...] = (),
+    sweep: bool = False,
+) -> Request:
+    """Turn arguments into a Request; raises UserError for values that do not fit.
+
+    A sweep resumes by itself and keeps its workdirs in runs/NAME.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{name}",
         description=doc,
@@ -72,18 +117,42 @@ def parse(doc: str, name: str, default_preset: str, argv: list[str]) -> Request:
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.field=value", dest="overrides"
     )
-    parser.add_argument("--seeds", default="0", help="initialisation seeds: 0 | 0-4 | 1,5,7")
     parser.add_argument(
-        "--workdir", type=Path, help="where to write (default: runs/NAME-HASH of the settings)"
+        "--seeds",
+        default=seeds,
+        help=f"initialisation seeds: 0 | 0-4 | 1,5,7 (default: {seeds})",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on in a workdir that was interrupted"
-    )
+    place = f"runs/{name}" if sweep else "runs/NAME-HASH of the settings"
+    parser.add_argument("--workdir", type=Path, help=f"where to write (default: {place})")
+    if sweep:
+        parser.add_argument(
+            "--at-once", type=int, help="replicates in one program (default: what memory allows)"
+        )
+    else:
+        parser.add_argument(
+            "--resume", action="store_true", help="go on in a workdir that was interrupted"
+        )
     args = parser.parse_args(argv)
-    cfg, hyper = presets.override(presets.preset(args.preset), args.overrides)
-    replicates = presets.make_replicates(cfg, parse_seeds(args.seeds), hyper)
-    workdir = args.workdir or Path("runs") / config.run_id(name, cfg, replicates)
-    return Request(args.preset, cfg, replicates, workdir, args.resume)
+    at_once = args.at_once if sweep else None
+    if at_once is not None and at_once < 1:
+        raise UserError(f"--at-once {at_once}: needs at least 1")
+    assignments = [*(quick if args.preset == "quick" else ()), *args.overrides]
+    cfg, hyper = presets.override(presets.preset(args.preset), assignments)
+    chosen = parse_seeds(args.seeds)
+    replicates = presets.make_replicates(cfg, chosen, hyper)
+    default = name if sweep else config.run_id(name, cfg, replicates)
+    workdir = args.workdir or Path("runs") / default
+    resume = True if sweep else args.resume
+    return Request(args.preset, cfg, chosen, hyper, replicates, workdir, resume, at_once)
+
+
+def conclude(name: str, doc: str, workdir: Path, rows: list[dict], analyse: page.Analyse) -> None:
+    """Append the rows to the results, print what they show and write the page."""
+    results.append(name, rows)
+    studies = {label: analyse(part) for label, part in results.by_study(rows).items()}
+    for label, study in studies.items():
+        print("\n" + page.console(label, study))
+    print(f"\npage: {page.write(workdir / 'report.html', name, doc, studies, rows)}")
 
 
 def parse_seeds(text: str) -> list[int]:

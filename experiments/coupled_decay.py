@@ -19,7 +19,7 @@ import math
 import jax
 import numpy as np
 
-from bitnet_jax import charts, checkpoint, config, optim, run, train
+from bitnet_jax import charts, config, optim, program, run
 from experiments import common, results
 
 NAME = "coupled_decay"
@@ -36,10 +36,8 @@ def predicted_count(cfg: config.Config, hyper: config.Hyper, n_weights: int) -> 
 def count_large(request: common.Request, index: int) -> dict:
     """Weights above THRESHOLD in the last checkpoint, over all parameters and in the embedding."""
     steps = request.cfg.run.steps
-    saved, _ = config.from_json(checkpoint.load_config(request.workdir, steps))
-    hyper = request.replicates[index].hyper
-    abstract = jax.eval_shape(lambda: train.init_state(saved, hyper, 0))
-    params = checkpoint.restore_replicate(request.workdir, steps, index, abstract).params
+    saved, replicate, state = program.load_replicate(request.workdir, steps, index)
+    params, hyper = state.params, replicate.hyper
     large = jax.tree.map(lambda w: int((np.abs(w) > THRESHOLD).sum()), params)
     embedding = params["embed"]["embedding"]
     return {
@@ -71,7 +69,7 @@ def table(rows: list[dict]) -> str:
         loss, final, count = row["train_loss"], row["final"], row["above_1.1"]
         predicted = f" ({count['predicted']:,.0f})" if count["predicted"] else ""
         lines.append(
-            f"{row['recipe']:17} {row['seed']:4}  {row['unique_stage1']:6.1f} / "
+            f"{row['arm']:17} {row['seed']:4}  {row['unique_stage1']:6.1f} / "
             f"{row['unique_stage2']:5.1f} / {final['collapse/unique_tokens']:3} "
             f"({row['unique_min_after_100']})    {loss['min']:6.2f} / {loss['mean']:5.2f} / "
             f"{loss['final']:5.2f}      {final['eval/loss']:8.3f}  "
@@ -95,7 +93,7 @@ def figure(rows: list[dict]):
     reference = rows[0]["references"]
 
     def panel(key, title, ylabel, lines):
-        curves = [charts.Series(r["recipe"], r["curve"]["step"], r["curve"][key]) for r in rows]
+        curves = [charts.Series(r["arm"], r["curve"]["step"], r["curve"][key]) for r in rows]
         return charts.Panel(curves, title, ylabel, rows[0]["steps"] // 2, lines)
 
     unique = panel(

@@ -9,7 +9,22 @@ from bitnet_jax import log
 from bitnet_jax.config import UserError
 
 FOLDER = Path(__file__).parent / "results"
-CURVE_POINTS = 100
+CURVE_POINTS = 50
+FINAL_KEYS = (
+    "eval/loss",
+    "eval/bits_per_byte",
+    "collapse/unique_tokens",
+    "collapse/concentration",
+    "collapse/mode_share",
+    "collapse/entropy",
+    "collapse/logit_std",
+    "collapse/mutual_information",
+    "collapse/unigram_kl",
+    "collapse/overconfidence",
+    "collapse/verdict",
+    "quant/zero_rate",
+    "quant/flip_rate",
+)
 CURVE_KEYS = (
     "eval/loss",
     "collapse/unique_tokens",
@@ -38,6 +53,19 @@ def append(name: str, rows: list[dict]) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
+def by_study(rows: list[dict]) -> dict[str, list[dict]]:
+    """Group rows by what must be equal for a comparison: preset, corpus, size and length."""
+    studies: dict[str, list[dict]] = {}
+    for row in rows:
+        batch, vocab = row["batch"], row["vocab_size"]
+        label = (
+            f"{row['preset']}: {row['corpus']}, {vocab:,} tokens in the vocabulary, "
+            f"batches of {batch[0]} x {batch[1]}"
+        )
+        studies.setdefault(label, []).append(row)
+    return studies
+
+
 def summarise(workdir: Path, index: int) -> dict:
     """The row of one finished replicate: identity, final values, stage averages, thinned curves.
 
@@ -58,15 +86,18 @@ def summarise(workdir: Path, index: int) -> dict:
     stage1 = [u for step, u in unique.items() if step <= steps // 2]
     stage2 = [u for step, u in unique.items() if step > steps // 2]
     replicate, final = config["replicates"][index], evals[-1]
+    summary = json.loads((workdir / "summary.json").read_text())
+    decoded = summary["replicates"][index].get("decode", {})
     keep = np.unique(np.linspace(0, len(evals) - 1, CURVE_POINTS).astype(int))
     versions = config["provenance"]["versions"]
     return {
         "id": f"{workdir.name}/{index}",
-        "recipe": replicate["name"],
+        "arm": replicate["name"],
         "seed": replicate["seed"],
         "hyper": replicate["hyper"],
         "steps": steps,
         "model": config["model"],
+        "vocab_size": config["model"]["vocab_size"],
         "batch": [config["data"]["batch_size"], config["data"]["seq_len"]],
         "corpus": config["corpus"]["source"].rpartition("/")[2],
         "corpus_sha256": config["corpus"]["sha256"],
@@ -82,7 +113,7 @@ def summarise(workdir: Path, index: int) -> dict:
             "mean": float(np.mean(losses)),
             "final": losses[-1],
         },
-        "final": {k: v for k, v in final.items() if "/" in k},
+        "final": {k: v for k, v in final.items() if k in FINAL_KEYS} | decoded,
         "curve": {"step": [evals[i]["step"] for i in keep]}
         | {k: [evals[i][k] for i in keep] for k in CURVE_KEYS},
         "git_commit": config["provenance"]["git_commit"],

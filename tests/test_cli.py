@@ -76,7 +76,7 @@ def error_lines(err):
         ("run.eval_every=0", ["run.eval_every=0", "positive"]),
         ("hyper.warmup_steps=11", ["hyper.warmup_steps=11", "use 0 to 10"]),
         ("run.init=runs/old", ["run.init=runs/old", "fork:WORKDIR[@STEP[:REPLICATE]]"]),
-        ("run.init=fork:/nowhere@5", ["run.init=fork:/nowhere@5", "no checkpoints in /nowhere"]),
+        ("run.init=fork:/nowhere@5", ["/nowhere@5", "no checkpoints in /nowhere"]),
     ],
 )
 def test_bad_setting(command, assignment, named):
