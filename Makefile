@@ -1,4 +1,4 @@
-# make setup | train | test | lint | format | clean
+# make setup | train | test | report | lint | format | clean
 # PYTHON=python3.12 picks the interpreter; ACCEL=cuda13 or ACCEL=tpu installs jax for that device.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed-$(ACCEL)
 
-.PHONY: setup train test lint format clean
+.PHONY: setup train test report lint format clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ train: setup
 
 test: lint
 	$(RUN) -m pytest
+
+# Every table, figure and page of the experiments, from their rows.
+report: setup
+	$(RUN) -m experiments.report
 
 lint: setup
 	$(VENV)/bin/ruff check .

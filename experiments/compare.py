@@ -77,7 +77,10 @@ def difference_table(rows: list[dict], pairs: list[tuple[str, str]], title: str)
         told = []
         for key, _, spec, _ in keys:
             d = difference(rows, arm, control, key)
-            told.append(d.text("+" + spec) + ("" if d.effect else " (no effect seen)"))
+            told.append(d.text("+" + spec) + ("" if d.effect else " (0)"))
         lines.append([f"{arm} - {control}", *told])
-    note = f"Differences are within seeds (n = {n_seeds(rows)}), with 95 % t intervals."
+    note = (
+        f"Differences are within seeds (n = {n_seeds(rows)}), with 95 % t intervals; (0): the "
+        "interval includes zero, no effect seen."
+    )
     return Table(title, ["difference", *(m[1] for m in keys)], lines, note)

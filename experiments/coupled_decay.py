@@ -6,23 +6,25 @@ Also checks the explanation of the report's "981,223 weights outside [-1, 1]": w
 no gradient but the decay follow a scalar Adam recursion, which predicts how many stay above 1.1.
 
 Expected at 1000 steps: coupled ends near uniform (entropy above 9.5) with single-digit distinct
-predictions; decoupled learns (loss below 6.6). Prediction for |w| > 1.1: 979,330.
-One seed took 13 minutes, two 20, on 2 busy CPU cores. Any English text and the GPT-2 vocabulary
-will do:
+predictions; decoupled learns. Prediction for |w| > 1.1: 979,330. Any English text and the GPT-2
+vocabulary will do:
 
     python -m experiments.coupled_decay --set data.corpus=text:books.train.txt.xz \
         --set data.validation=text:books.validation.txt.xz --set data.tokenizer=gpt2
 """
 
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from bitnet_jax import charts, config, optim, program, run
-from experiments import common, results
+from bitnet_jax import charts, config, optim, program
+from experiments import common, compare, page, stats, sweep
 
 NAME = "coupled_decay"
+COUPLED, DECOUPLED = "report", "report_decoupled"
+ARMS = [sweep.Arm(COUPLED, COUPLED), sweep.Arm(DECOUPLED, DECOUPLED)]
 THRESHOLD = 1.1  # the report counted weights above it
 
 
@@ -33,63 +35,78 @@ def predicted_count(cfg: config.Config, hyper: config.Hyper, n_weights: int) -> 
     return n_weights * math.erfc(np.interp(THRESHOLD, end, start) / math.sqrt(2))
 
 
-def count_large(request: common.Request, index: int) -> dict:
+def count_large(workdir: Path, cfg: config.Config, index: int) -> dict:
     """Weights above THRESHOLD in the last checkpoint, over all parameters and in the embedding."""
-    steps = request.cfg.run.steps
-    saved, replicate, state = program.load_replicate(request.workdir, steps, index)
-    params, hyper = state.params, replicate.hyper
-    large = jax.tree.map(lambda w: int((np.abs(w) > THRESHOLD).sum()), params)
-    embedding = params["embed"]["embedding"]
-    return {
+    saved, replicate, state = program.load_replicate(workdir, cfg.run.steps, index)
+    large = jax.tree.map(lambda w: int((np.abs(w) > THRESHOLD).sum()), state.params)
+    embedding, hyper = state.params["embed"]["embedding"], replicate.hyper
+    counts = {
         "all": sum(jax.tree.leaves(large)),
         "embedding": large["embed"]["embedding"],
         "predicted": predicted_count(saved, hyper, embedding.size) if hyper.coupled_1 else None,
     }
+    return {"above_1.1": counts}
 
 
-def body(request: common.Request) -> None:
-    run.run(request.cfg, request.replicates, request.workdir, resume=True)
-    rows = [
-        results.summarise(request.workdir, i) | {"above_1.1": count_large(request, i)}
-        for i in range(len(request.replicates))
-    ]
-    results.append(NAME, rows)
-    print(table(rows))
-    if request.preset == "report":
-        print(f"figure: {figure(results.load(NAME))}")
+def analyse(rows: list[dict]) -> page.Study:
+    """Paired effect of decoupling, and the predicted against the measured count of weights."""
+    n = compare.n_seeds(rows)
+    loss = compare.difference(rows, DECOUPLED, COUPLED, "eval/loss")
+    entropy = compare.difference(rows, DECOUPLED, COUPLED, "collapse/entropy")
+    coupled = [row for row in rows if row["arm"] == COUPLED]
+    predicted = coupled[0]["above_1.1"]["predicted"]
+    counted = [row["above_1.1"]["all"] for row in coupled]
+    off = max(abs(count / predicted - 1) for count in counted)
+    unigram = rows[0]["references"]["unigram"]["loss"]
+    held_out = {
+        arm: stats.interval(compare.values(rows, arm, "eval/loss").values())
+        for arm in (COUPLED, DECOUPLED)
+    }
+    result = (
+        f"held-out loss: coupled {held_out[COUPLED].text()}, decoupled "
+        f"{held_out[DECOUPLED].text()}, unigram {unigram:.2f}; decoupling changes the loss by "
+        f"{stats.effect_text(loss)} and the entropy by {stats.effect_text(entropy)}; weights above "
+        f"{THRESHOLD}: {', '.join(f'{c:,}' for c in counted)}, predicted {predicted:,.0f}"
+    )
+    ended = sum(loss < unigram for loss in compare.values(rows, DECOUPLED, "eval/loss").values())
+    conclusion = (
+        f"with the same amount of decay, decoupling it brings {ended} of {n} seeds below the "
+        f"unigram's loss ({stats.effect_text(loss)} nats); the count of large weights follows the "
+        f"scalar recursion within {off:.2%}"
+    )
+    return page.Study(
+        arms="report (coupled 0.1, 0.05), report_decoupled (the same, decoupled)",
+        n=n,
+        result=result,
+        conclusion=conclusion,
+        tables=[
+            compare.arm_table(rows),
+            compare.difference_table(rows, [(DECOUPLED, COUPLED)], "The effect of decoupling"),
+            seed_table(rows),
+        ],
+        figures=[("One line per seed.", charts.panels_svg(readme_panels(rows)))],
+    )
 
 
-def table(rows: list[dict]) -> str:
-    """One line per replicate, the reference predictors below."""
-    lines = [
-        "recipe            seed  unique st.1/st.2/final (min)  train loss min/mean/final  "
-        "held-out  entropy  logit std  |w|>1.1 (predicted)"
-    ]
+def seed_table(rows: list[dict]) -> page.Table:
+    """The report's own numbers, seed by seed."""
+    columns = ["replicate", "distinct, stage 1", "stage 2", "last", "fewest after step 100",
+               "training loss, min", "mean", "last", "above 1.1", "predicted"]  # fmt: skip
+    lines = []
     for row in rows:
         loss, final, count = row["train_loss"], row["final"], row["above_1.1"]
-        predicted = f" ({count['predicted']:,.0f})" if count["predicted"] else ""
+        predicted = f"{count['predicted']:,.0f}" if count["predicted"] else ""
         lines.append(
-            f"{row['arm']:17} {row['seed']:4}  {row['unique_stage1']:6.1f} / "
-            f"{row['unique_stage2']:5.1f} / {final['collapse/unique_tokens']:3} "
-            f"({row['unique_min_after_100']})    {loss['min']:6.2f} / {loss['mean']:5.2f} / "
-            f"{loss['final']:5.2f}      {final['eval/loss']:8.3f}  "
-            f"{final['collapse/entropy']:7.2f}  {final['collapse/logit_std']:9.2f}  "
-            f"{count['all']:,}{predicted}"
-        )
-    reference = rows[0]["references"]
-    for name in ("uniform", "unigram", "bigram"):
-        r = reference[name]
-        lines.append(
-            f"{name:17}       distinct {r['distinct']:3}  held-out loss {r['loss']:.3f}  "
-            f"entropy {r['entropy']:.2f}"
-        )
-    n = reference["tracked_positions"]
-    lines.append(f"the text          distinct {reference['targets']['distinct']} in {n} positions")
-    return "\n".join(lines)
+            [f"{row['arm']} {row['seed']}", f"{row['unique_stage1']:.1f}",
+             f"{row['unique_stage2']:.1f}", str(final["collapse/unique_tokens"]),
+             str(row["unique_min_after_100"]), f"{loss['min']:.2f}", f"{loss['mean']:.2f}",
+             f"{loss['final']:.2f}", f"{count['all']:,}", predicted]
+        )  # fmt: skip
+    return page.Table("Seed by seed, in the report's numbers", columns, lines)
 
 
-def figure(rows: list[dict]):
-    """Distinct predictions and held-out loss of every arm, as an SVG file."""
+def readme_panels(rows: list[dict]) -> list[charts.Panel]:
+    """Distinct predictions and held-out loss of every arm: the picture of the README."""
     reference = rows[0]["references"]
 
     def panel(key, title, ylabel, lines):
@@ -108,8 +125,13 @@ def figure(rows: list[dict]):
         "nats per token",
         tuple((name, reference[name]["loss"]) for name in ("uniform", "unigram", "bigram")),
     )
-    return charts.save_figure(results.FOLDER / f"{NAME}.svg", [unique, loss])
+    return [unique, loss]
+
+
+def body(request: common.Request) -> None:
+    rows = sweep.train_arms(NAME, request, ARMS, extra=count_large)
+    common.conclude(NAME, __doc__, request.workdir, rows, analyse)
 
 
 if __name__ == "__main__":
-    common.main(__doc__, NAME, "report", body)
+    common.main(__doc__, NAME, "report", body, quick=common.SMALL, sweep=True)

@@ -30,6 +30,11 @@ class Study:
     tables: list[Table] = field(default_factory=list)
     figures: list[tuple[str, str]] = field(default_factory=list)  # caption and <svg> element
 
+    @property
+    def answer(self) -> str:
+        """The conclusion as a sentence."""
+        return f"{self.conclusion[0].upper()}{self.conclusion[1:].rstrip('.')}."
+
 
 Analyse = Callable[[list[dict]], Study]
 
@@ -51,7 +56,7 @@ def text_table(table: Table) -> str:
 def console(label: str, study: Study) -> str:
     """Tables, result and conclusion as text for a terminal."""
     parts = [f"== {label}", *map(text_table, study.tables)]
-    return "\n\n".join(parts) + f"\n\nresult: {study.result}\nconclusion: {study.conclusion}"
+    return "\n\n".join(parts) + f"\n\nresult: {study.result}\nconclusion: {study.answer}"
 
 
 def write(path: Path, name: str, doc: str, studies: dict[str, Study], rows: list[dict]) -> Path:

@@ -1,6 +1,8 @@
 """Result rows: one small JSON object per finished replicate, appended once, read by every table."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,22 @@ def by_study(rows: list[dict]) -> dict[str, list[dict]]:
     return studies
 
 
+def command(argv: list[str]) -> str:
+    """The command line of a run without its --workdir and without the folders of files."""
+    words = [re.sub(r"[^=:\s]*/", "", word) for word in argv[1:]]
+    if "--workdir" in words:
+        at = words.index("--workdir")
+        del words[at : at + 2]
+    return shlex.join(["python", "-m", f"experiments.{Path(argv[0]).stem}", *words])
+
+
+def cost(rows: list[dict]) -> str:
+    """Hardware and time that a study's rows took."""
+    seconds = sum(row.get("seconds", 0) for row in rows)
+    devices = sorted({f"{row['device']}, {row['cores']} cores" for row in rows})
+    return f"{'; '.join(devices)}: {seconds / 60:.0f} min"
+
+
 def summarise(workdir: Path, index: int) -> dict:
     """The row of one finished replicate: identity, final values, stage averages, thinned curves.
 
@@ -116,6 +134,8 @@ def summarise(workdir: Path, index: int) -> dict:
         "final": {k: v for k, v in final.items() if k in FINAL_KEYS} | decoded,
         "curve": {"step": [evals[i]["step"] for i in keep]}
         | {k: [evals[i][k] for i in keep] for k in CURVE_KEYS},
+        "command": command(config["provenance"]["argv"]),
+        "seconds": round(summary["wall_seconds"] / len(config["replicates"]), 1),
         "git_commit": config["provenance"]["git_commit"],
         "device": config["provenance"]["device"],
         "cores": config["provenance"]["cores"],

@@ -47,7 +47,7 @@ def train_arms(
     of a finished group are removed unless kept.
     """
     rows = {}
-    for cfg, members in _groups(request, arms):
+    for cfg, members in groups(request, arms):
         workdir = request.workdir / config.run_id(name, cfg, members)
         finished = workdir / "rows.json"
         if not finished.exists():
@@ -68,7 +68,7 @@ def train_arms(
     return [rows[key] for key in order]
 
 
-def _groups(request, arms):
+def groups(request, arms):
     """Pairs of configuration and replicates that one program trains."""
     shapes: dict[Config, list[Replicate]] = {}
     for arm in arms:

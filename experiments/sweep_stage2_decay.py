@@ -76,7 +76,7 @@ def panels(rows: list[dict]) -> list[tuple[str, charts.Panel]]:
             for r in rows
             if r["arm"].startswith(kind)
         ]
-        title = f"Held-out loss, {kind} decay"
+        title = f"Held-out loss, {kind}"
         panel = charts.Panel(series, title, "nats per token", rows[0]["steps"] // 2, lines)
         out.append((f"One line per seed; colour is the stage-2 decay, {kind}.", panel))
     return out

@@ -21,10 +21,15 @@ def cache_folder(tmp_path_factory):
 def tiny(tmp_path, cache_folder, monkeypatch):
     """The tiny preset on a small text file of its own."""
     monkeypatch.setenv("BITNET_JAX_CACHE", str(cache_folder))
+    return tiny_config(tmp_path)
+
+
+def tiny_config(folder):
+    """The tiny preset on a text file that is written to `folder`."""
     text = "\n".join(
         f"the {n} cats sat on the {n % 7} mats, and {n * n} dogs ran." for n in range(3000)
     )
-    (tmp_path / "corpus.txt").write_text(text)
+    (folder / "corpus.txt").write_text(text)
     cfg = presets.preset("tiny")
-    data = dataclasses.replace(cfg.data, corpus=f"text:{tmp_path / 'corpus.txt'}")
+    data = dataclasses.replace(cfg.data, corpus=f"text:{folder / 'corpus.txt'}")
     return dataclasses.replace(cfg, data=data)

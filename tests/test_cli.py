@@ -71,7 +71,7 @@ def error_lines(err):
         ("optim.beta1=1", ["optim.beta1=1.0", "[0, 1)"]),
         ("optim.clip_norm=0", ["optim.clip_norm=0", "positive"]),
         ("run.recipes=b158,adam", ["run.recipes", "'adam'", "report_decoupled"]),
-        ("run.recipes=", ["run.recipes is empty", "report_decoupled"]),
+        ("run.recipes=", ["run.recipes is empty"]),
         ("run.steps=1", ["run.steps=1", "at least 2"]),
         ("run.eval_every=0", ["run.eval_every=0", "positive"]),
         ("hyper.warmup_steps=11", ["hyper.warmup_steps=11", "use 0 to 10"]),

@@ -1,0 +1,111 @@
+"""Rebuild every table, figure and page of the experiments from their committed rows.
+
+Writes a page per experiment and an index of them to runs/report/, and the table of
+experiments/README.md. An experiment without rows is an error.
+
+    make report
+"""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import jinja2
+
+from bitnet_jax import charts
+from bitnet_jax.config import UserError
+from experiments import page, results
+
+NAMES = (
+    "coupled_decay",
+    "weight_bounds",
+    "sweep_stage2_decay",
+    "logit_distribution",
+    "training_length",
+    "sweep_regularisers",
+    "fork_transition",
+    "sweep_architectures",
+    "degeneration",
+    "faults",
+)
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- rows: begin -->", "<!-- rows: end -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One study of one experiment, for the index."""
+
+    name: str
+    question: str
+    label: str
+    study: page.Study
+    command: str
+    cost: str
+
+
+def entries(name: str, folder: Path) -> list[Entry]:
+    """Analyse the rows of an experiment, write its page and its picture for the README.
+
+    Raises UserError when there are no rows.
+    """
+    module = importlib.import_module(f"experiments.{name}")
+    rows = results.load(name)
+    parts = results.by_study(rows)
+    studies = {label: module.analyse(part) for label, part in parts.items()}
+    page.write(folder / f"{name}.html", name, module.__doc__, studies, rows)
+    if hasattr(module, "readme_panels"):
+        largest = max(parts.values(), key=lambda part: part[0]["vocab_size"])
+        charts.save_figure(results.FOLDER / f"{name}.svg", module.readme_panels(largest))
+    question = module.__doc__.strip().partition("\n")[0]
+    return [
+        Entry(name, question, label, study, parts[label][0]["command"], results.cost(parts[label]))
+        for label, study in studies.items()
+    ]
+
+
+def markdown(found: list[Entry]) -> str:
+    """The generated part of experiments/README.md: one section per experiment."""
+    lines = []
+    for name in dict.fromkeys(entry.name for entry in found):
+        mine = [entry for entry in found if entry.name == name]
+        lines += [f"### [`{name}`]({name}.py): {mine[0].question}", ""]
+        for e in mine:
+            lines += [
+                f"**{e.study.answer}** {e.study.result}",
+                "",
+                f"- {e.label}; {e.study.arms}; n = {e.study.n} seeds; {e.cost}",
+                f"- `{e.command}`",
+                "",
+            ]
+    return "\n".join(lines).rstrip()
+
+
+def replace_table(text: str, table: str) -> str:
+    """`text` with what stands between the two markers replaced; raises UserError without them."""
+    before, found, rest = text.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not (found and closed):
+        raise UserError(f"{README}: needs the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def main() -> None:
+    folder = Path("runs") / "report"
+    found = [entry for name in NAMES for entry in entries(name, folder)]
+    README.write_text(replace_table(README.read_text(), markdown(found)))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+    )
+    index = folder / "index.html"
+    index.write_text(environment.get_template("index.html.jinja").render(entries=found))
+    print(f"{len(found)} studies of {len(NAMES)} experiments: {index} and {README}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
