@@ -27,12 +27,19 @@ DECAYS = {
     "coupled, half of the rest": {"coupled_1": 0.1, "coupled_2": 0.02, "decay_rest": 0.5},
     "decoupled, matrices": {"decoupled_1": 0.1, "decoupled_2": 0.0},
     "decoupled, all": {"decoupled_1": 0.1, "decoupled_2": 0.05, "decay_rest": 1.0},
+    "unscaled, half of the rest": {"unscaled_1": 0.02, "unscaled_2": 0.01, "decay_rest": 0.5},
+    "slow head": {"decoupled_1": 0.1, "decoupled_2": 0.05, "decay_rest": 1.0, "head_lr": 0.25},
+    "slow head, all three": {
+        **{"coupled_1": 0.1, "decoupled_2": 0.1, "unscaled_1": 0.01, "unscaled_2": 0.02},
+        **{"decay_rest": 0.5, "head_lr": 0.25},
+    },
     "none": {},
 }
 SHAPES = {
     "block_0": {"attn": {"q": {"kernel": (3, 4)}}, "attn_norm": {"scale": (3,)}},
     "embed": {"embedding": (5, 3)},
     "head": {"kernel": (3, 5)},
+    "output_bias": (5,),
 }
 IS_SHAPE = {"is_leaf": lambda x: isinstance(x, tuple)}
 
@@ -97,7 +104,8 @@ def numpy_rate(n):
 def torch_adam(params, grads, hyper):
     """torch.optim.Adam(weight_decay=coupled) and AdamW(weight_decay=decoupled) after clipping.
 
-    Written from their documentation, one parameter at a time; both decays may be given.
+    Written from their documentation, one parameter at a time; both decays may be given, and the
+    decay that forgets the learning rate. The head has its own learning rate; the bias no decay.
     """
     paths = [optim.path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
     w, g_N = (dict(zip(paths, jax.tree.leaves(t), strict=True)) for t in (params, grads))
@@ -107,14 +115,17 @@ def torch_adam(params, grads, hyper):
         norm = math.sqrt(sum((g[n - 1] ** 2).sum() for g in g_N.values()))
         for path in paths:
             share = 1 if path.startswith("block_0/attn/q") else hyper.decay_rest
+            share = 0 if path == "output_bias" else share
+            rate = numpy_rate(n) * (hyper.head_lr if path == "head/kernel" else 1)
+            unscaled = share * (hyper.unscaled_1 if n <= 25 else hyper.unscaled_2)
             coupled = share * (hyper.coupled_1 if n <= 25 else hyper.coupled_2)
             decoupled = share * (hyper.decoupled_1 if n <= 25 else hyper.decoupled_2)
             g = g_N[path][n - 1] * min(1, 1 / norm) + coupled * w[path]
-            w[path] *= 1 - numpy_rate(n) * decoupled
+            w[path] *= 1 - rate * decoupled - unscaled
             m[path] = 0.9 * m[path] + 0.1 * g
             v[path] = 0.95 * v[path] + 0.05 * g * g
             direction = m[path] / (1 - 0.9**n) / (np.sqrt(v[path] / (1 - 0.95**n)) + 1e-8)
-            w[path] -= numpy_rate(n) * direction
+            w[path] -= rate * direction
     return jax.tree.unflatten(jax.tree.structure(params), [w[path] for path in paths])
 
 
@@ -171,6 +182,45 @@ def test_without_gradients_coupled_decay_moves_weights_of_any_size_by_the_learni
     far = np.abs(start) > 0.3
     moved = np.abs(start[far]) - np.abs(after[far])
     np.testing.assert_allclose(moved, sum(numpy_rate(n) for n in range(1, 6)), rtol=0.1)
+
+
+def test_without_gradients_unscaled_decay_is_a_product_at_any_learning_rate(case):
+    """prod(1 - f) of matrices, prod(1 - f / 2) of the rest at decay_rest 0.5; the bias stays."""
+    params, grads = case
+    zeros = jax.tree.map(np.zeros_like, grads)
+    hyper = HYPER.replace(unscaled_1=0.02, unscaled_2=0.05, decay_rest=0.5, lr_peak=0.3)
+    path_N, _, _ = train64(hyper, params, zeros)
+    f_N = np.repeat([0.02, 0.05], 25)
+    for group, share in (("matrix", 1.0), ("embedding", 0.5), ("head", 0.5), ("bias", 0.0)):
+        pick = jax.tree.map(lambda g, group=group: g == group, optim.param_groups(params))
+        for chosen, path, start in zip(*map(jax.tree.leaves, (pick, path_N, params)), strict=True):
+            if chosen:
+                factor_N = np.cumprod(1 - share * f_N).reshape(-1, *(1,) * start.ndim)
+                np.testing.assert_allclose(path, factor_N * start, rtol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["report", "report_decoupled", "b158"])
+def test_no_recipe_decays_the_output_bias(case, recipe):
+    """Coupled or not: without a gradient not one bit of it changes in either stage."""
+    params, grads = case
+    zeros = jax.tree.map(np.zeros_like, grads)
+    path_N, _, _ = train64(presets.RECIPES[recipe](50), params, zeros)
+    bias_N, start = path_N["output_bias"], params["output_bias"]
+    np.testing.assert_array_equal(bias_N, np.broadcast_to(start, bias_N.shape))
+    assert not np.array_equal(
+        path_N["block_0"]["attn"]["q"]["kernel"][-1], params["block_0"]["attn"]["q"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_learning_rate_of_zero_freezes_exactly_the_output_matrix(case, tied):
+    """The head, or the embedding when they are tied; with decoupled decay it stays, too."""
+    params, grads = ({k: v for k, v in t.items() if k != "head" or not tied} for t in case)
+    hyper = HYPER.replace(head_lr=0.0, decoupled_1=0.1, decoupled_2=0.05, decay_rest=1.0)
+    path_N, _, _ = train64(hyper, params, grads)
+    changed = jax.tree.map(lambda path, start: bool((path[-1] != start).any()), path_N, params)
+    paths = {optim.path_name(p) for p, moved in jax.tree.leaves_with_path(changed) if not moved}
+    assert paths == {"embed/embedding" if tied else "head/kernel"}
 
 
 def test_a_changed_hyper_compiles_nothing(case):
