@@ -18,6 +18,7 @@ INK, MUTED, FAINT = "#1f2328", "#6b7280", "#e3e5e8"
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 MAX_POINTS = 500
 STEPS = (1, 2, 2.5, 5, 10)  # distances of ticks
+LEGEND_LINE = 12.8  # points
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,78 @@ def phase_portrait(series, curve=None, *, title="Loss against entropy") -> str:
     ax.set(xlim=limits, ylim=limits, xlabel="held-out loss, nats")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(6, steps=STEPS))
-    _decorate(ax, series, title, "entropy, nats")
+    _decorate(ax, _handles(series), title, "entropy, nats")
     return _svg(fig, title)
 
 
-def _figure(count, size, background):
-    fig = Figure((size[0] * count, size[1]), layout="constrained", facecolor=background)
+def dot_plot(rows, *, title, xlabel, references=()) -> str:
+    """Draw means with their intervals as one SVG element, one line of the plot per row.
+
+    `rows` are pairs of a label and {series: (mean, low, high)}, top first; references are pairs of
+    label and value. An interval that is not finite (one seed) is left out.
+    """
+    fig, (ax,) = _figure(1, (4.6, 1.05 + 0.27 * len(rows)), "none")
+    names = list(dict.fromkeys(name for _, values in rows for name in values))
+    for i, (_, values) in enumerate(rows):
+        for name, (mean, low, high) in values.items():
+            k = names.index(name)
+            height = i + 0.3 * (k - (len(names) - 1) / 2) / max(1, len(names) - 1)
+            color = PALETTE[k % len(PALETTE)]
+            if np.isfinite([low, high]).all():
+                ax.plot([low, high], [height] * 2, color=color, lw=2, alpha=0.55, zorder=2)
+            ax.plot(mean, height, "o", ms=5, color=color, mec="white", mew=0.6, zorder=3)
+    for _, value in references:
+        ax.axvline(value, color=MUTED, lw=0.9, dashes=(3, 2), zorder=1)
+    ax.margins(x=0.06)
+    low, high = ax.get_xlim()
+    free = 0.0  # labels in one line, pushed right where they would touch
+    for label, value in sorted(references, key=lambda pair: pair[1]):
+        free = max(free, (value - low) / (high - low) + 0.012)
+        ax.text(free, -0.95, label, transform=ax.get_yaxis_transform(), va="center", fontsize=8,
+                color=MUTED)  # fmt: skip
+        free += 0.024 * len(label) + 0.02
+    ax.set(ylim=(len(rows) - 0.4, -1.35 if references else -0.6), xlabel=xlabel)
+    ax.set_yticks(range(len(rows)), [label for label, _ in rows])
+    ax.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+    _decorate(ax, _handles([Series(name, [], []) for name in names]), title, "")
+    ax.tick_params(axis="y", labelcolor=INK)
+    return _svg(fig, title)
+
+
+def fan_chart(fans, *, ylabel, boundary=None) -> str:
+    """Draw percentiles against steps as nested bands, one above the other on one scale.
+
+    A fan is (title, steps, {percentile: values}). Percentiles p and 100 - p bound a band; one
+    without a partner is a line (50: the median, 100: the largest value).
+    """
+    fig, axes = _figure(len(fans), (3.9, 2.4), "none", stacked=True)
+    for ax, (title, steps, values) in zip(axes, fans, strict=True):
+        handles = []
+        lows = sorted(p for p in values if p < 50 and 100 - p in values)
+        for depth, p in enumerate(lows, 1):
+            band = ax.fill_between(steps, values[p], values[100 - p], color=PALETTE[1], lw=0,
+                                   alpha=0.6 * depth / len(lows) ** 1.5)  # fmt: skip
+            band.set_label(f"p{p} to p{100 - p}")
+            handles.append(band)
+        for p in sorted(values.keys() - {q for low in lows for q in (low, 100 - low)}):
+            name = {0: "smallest", 50: "median", 100: "largest"}.get(p, f"p{p}")
+            color, dashes = (INK, (1, 0)) if p == 50 else (PALETTE[0], (3, 1.5))
+            handles += ax.plot(steps, values[p], color=color, lw=1.4, dashes=dashes, label=name)
+        ax.sharey(axes[0])
+        _step_axis(ax, max(steps), boundary)
+        _decorate(ax, handles, title, ylabel)
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(top=high + 0.1 * (high - low))  # room for "stage 2"
+    return _svg(fig, " and ".join(title for title, _, _ in fans))
+
+
+def _figure(count, size, background, stacked=False):
+    rows, columns = (count, 1) if stacked else (1, count)
+    inches = (size[0] * columns, size[1] * rows)
+    fig = Figure(inches, layout="constrained", facecolor=background)
     pad = 0.03 if background == "none" else 0.12
-    fig.get_layout_engine().set(w_pad=pad, h_pad=pad, wspace=0.04)
-    return fig, fig.subplots(1, count, squeeze=False)[0]
+    fig.get_layout_engine().set(w_pad=pad, h_pad=pad, wspace=0.04, hspace=0.06)
+    return fig, fig.subplots(rows, columns, squeeze=False).ravel()
 
 
 def _points(series):
@@ -148,19 +212,24 @@ def _draw_lines(ax, panel):
         last = max([last, *x])
     for _, value in panel.references:
         ax.axhline(value, color=MUTED, lw=0.9, dashes=(3, 2), zorder=2)
-    ax.set_xlim(0, last or 1)
     scale = ax.yaxis.get_transform()
     low, high = scale.transform(np.array(ax.get_ylim()))
     ax.set_ylim(top=scale.inverted().transform(high + 0.07 * (high - low)))  # room for "stage 2"
-    if panel.boundary is not None and panel.boundary <= last:
-        ax.axvline(panel.boundary, color=MUTED, lw=0.8, zorder=1)
-        ax.annotate("stage 2", (panel.boundary, 1), (3, -2), xycoords=("data", "axes fraction"),
-                    textcoords="offset points", va="top", fontsize=8, color=MUTED)  # fmt: skip
     _label_references(ax, panel.references)
+    _step_axis(ax, last, panel.boundary)
+    _decorate(ax, _handles(panel.series), panel.title, panel.ylabel)
+
+
+def _step_axis(ax, last, boundary):
+    """Steps from 0 to `last`, with a mark where stage 2 begins."""
+    ax.set_xlim(0, last or 1)
+    if boundary is not None and boundary <= last:
+        ax.axvline(boundary, color=MUTED, lw=0.8, zorder=1)
+        ax.annotate("stage 2", (boundary, 1), (3, -2), xycoords=("data", "axes fraction"),
+                    textcoords="offset points", va="top", fontsize=8, color=MUTED)  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel("step")
-    _decorate(ax, panel.series, panel.title, panel.ylabel)
 
 
 def _label_references(ax, references):
@@ -174,15 +243,25 @@ def _label_references(ax, references):
         ax.text(1.015, floor, label, transform=ax.transAxes, va="center", fontsize=8, color=MUTED)
 
 
-def _decorate(ax, series, title, ylabel):
-    styles = {s.label: _style(s, series) for s in series}
-    handles = [matplotlib.lines.Line2D([], [], label=k, **v) for k, v in styles.items()]
-    for handle in handles:
-        handle.set_linewidth(1.8)
-    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.015, 0.99), ncols=3,
+def _handles(series):
+    """One entry of the legend per label."""
+    styles = {s.label: _style(s, series) | {"lw": 1.8} for s in series}
+    return [matplotlib.lines.Line2D([], [], label=k, **v) for k, v in styles.items()]
+
+
+def _legend_shape(labels) -> tuple[int, int]:
+    """Columns that fit above a panel, and lines of the legend then."""
+    widest = max(map(len, labels), default=0)
+    columns = max(1, min(3, 56 // (widest + 5)))
+    return columns, -(-len(labels) // columns)
+
+
+def _decorate(ax, handles, title, ylabel):
+    columns, rows = _legend_shape([handle.get_label() for handle in handles])
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.015, 0.99), ncols=columns,
               frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.3, handletextpad=0.5,
               columnspacing=1.2, borderpad=0.2)  # fmt: skip
-    pad = 6 + 12 * -(-len(handles) // 3)
+    pad = 6 + LEGEND_LINE * rows
     ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=pad)
     ax.set_title(ylabel, loc="right", fontsize=8.5, color=MUTED, pad=pad)
     ax.spines[["top", "right", "left"]].set_visible(False)
@@ -197,6 +276,10 @@ def _decorate(ax, series, title, ylabel):
 
 def _svg(fig, title):
     """Render as a bare <svg> element: text stays text, and ids are unique to the drawing."""
+    legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in fig.axes]
+    lines = max(_legend_shape(labels)[1] for labels in legends)
+    more = LEGEND_LINE / 72 * max(0, lines - 1) * fig.axes[0].get_gridspec().nrows
+    fig.set_figheight(fig.get_figheight() + more)
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         fig.savefig(out, format="svg", metadata={"Date": None})
