@@ -1,5 +1,7 @@
 """Collapse statistics: additive sums over positions, turned into numbers once at the end.
 
+And the verdict: what a history of these numbers means beside the reference predictors.
+
 Definitions. z: float32 logits of a position, q = softmax z, a = argmax z (ties to the lowest id).
 
 unique_tokens       distinct a over the tracked positions (the report's number)
@@ -15,6 +17,9 @@ overconfidence      loss - entropy; d loss / d ln(scale of z) at scale 1, so neg
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import flax.struct
 import jax
@@ -112,40 +117,213 @@ def finalize(held_out: Stats, tracked: Stats, unigram_V: jax.Array) -> dict[str,
     }
 
 
-def verdict(row: dict, references: dict, sum_lr: float) -> str:
-    """Name what an evaluation shows: a pure function of one row, the references and the summed LR.
+# Measured on the recipes report and b158: healthy is 13 runs with decoupled decay, to 1000 steps.
+LATE, PAST_UNIGRAM = 0.05, 0.03  # sum of the learning rates: how far weights can have moved
+SLOW_STEPS = 300
+PERSIST, PERSIST_BLIND = 3, 5  # evaluations in a row
+FAR = 1.0  # nats above the unigram, at most half of the way to uniform; healthy and late: to 0.59
+UNDERCONFIDENT, OVERCONFIDENT = -0.3, 1.0  # loss - entropy; a healthy 128-token batch: up to 2.38
+BLIND, BLIND_WARNING = 0.05, 0.01  # mutual information, nats; healthy and late: 0.17 and more
+DECAYED = 0.5  # share of the initial norm; healthy 0.99 and more, coupled decay 0.02 to 0.16
+SHRINKING_COSINE, SHRINKING_NORM = -0.7, 0.99  # coupled decay -0.87 at once, healthy above -0.13
+FROZEN_NORM, FROZEN_STD = 1e-3, 0.02  # relative change of the norm and of the logits' spread
+REGRESSION, REGRESSION_KL = 0.5, 0.3  # nats above the best loss, and above the best KL
+CUSUM_DRIFT, CUSUM_KL = 0.05, 0.1  # nats an evaluation; nats, healthy to 0.04
+RANK_LOST, REPEATED, LAST_TOKEN_ONLY = 0.15, 0.5, 0.02
+HOLE = 10  # times the mean distance of evaluations
 
-    `row` holds the keys of `finalize`, `references` those of `reference.references`, and `sum_lr`
-    is the sum of the learning rate so far, the yardstick of how far weights can have moved: healthy
-    runs pass the unigram phase by about 0.03. Distinct tokens decide nothing. First match:
+FINE, CAUTION, ALARM = range(3)
+LABELS = {  # severity, what the headline says of a run that ends so, what to look at or run next
+    "healthy": (FINE, "learned", "go on"),
+    "init": (FINE, "has not started to learn", "wait"),
+    "unigram_transit": (FINE, "is still learning word frequencies", "wait"),
+    "slow": (
+        FINE,
+        "has not passed word frequencies",
+        "train longer; schedule: sum of learning rates",
+    ),
+    "insufficient_data": (CAUTION, "cannot be judged", "rows and references that are missing"),
+    "repetitive": (CAUTION, "learned but repeats itself", "decoding: sample instead of greedy"),
+    "overconfident": (ALARM, "diverged", "lower learning rate, longer warm-up, larger batches"),
+    "bigram_only": (ALARM, "learned word pairs alone", "triage: straight-through gradient, flips"),
+    "rank_collapse": (ALARM, "collapsed", "triage: norms and attention logits of the last blocks"),
+    "context_blind": (ALARM, "collapsed", "triage: norms, attention mask, order of the targets"),
+    "dead": (ALARM, "collapsed", "triage: gradients by group, order of the targets"),
+    "underscaled": (ALARM, "collapsed", "triage: temperature fit, norm of the head, decay audit"),
+    "underscaled_head_frozen": (ALARM, "collapsed", "triage: is the head updated at all?"),
+    "underscaled_decayed": (
+        *(ALARM, "collapsed"),
+        "decay audit: is decay coupled into Adam, or not scaled by the learning rate?",
+    ),
+    "regression": (ALARM, "collapsed", "gradient norm where the loss was best; fork from there"),
+    "nonfinite": (ALARM, "diverged", "the first tensor that is not finite"),
+}
+LOSS, MI, KL = "eval/loss", "collapse/mutual_information", "collapse/unigram_kl"
+LAST_TOKEN, RANK, REP_4 = "collapse/last_token_only_loss_change", "collapse/rankme", "decode/rep_4"
 
-    nonfinite        loss or entropy is NaN or inf
-    healthy          loss below the unigram's, predictions depend on the context
-    context_blind    loss below the unigram's, predictions do not depend on the context
-    init             loss and logits as at initialisation: ln V + std^2 / 2
-    overconfident    loss more than 1 nat above the entropy
-    unigram_transit  word frequencies are being learned (normal early on)
-    dead             loss near ln V although weights had time to move
-    underscaled      loss above the unigram's, entropy above the loss: larger logits would help
-    collapsed        loss above the unigram's, predictions do not depend on the context
-    slow             loss above the unigram's, predictions depend on the context
+
+@dataclass(frozen=True)
+class Verdict:
+    """A key of LABELS, the numbers beside it, what to look at next, early warnings."""
+
+    name: str
+    evidence: str
+    next: str
+    warnings: tuple[str, ...] = ()
+
+
+def verdict(history: Sequence[dict], references: dict) -> Verdict:
+    """Name what the evaluations of one replicate, oldest first, show; pure.
+
+    A row holds `step`, `sum_lr` (of the learning rates so far), the keys of `finalize` and, where
+    known, the `decay/*` keys of the step, LAST_TOKEN, RANK and REP_4. `references` are those of
+    `reference.references`. Distinct tokens decide nothing. First match; late: sum_lr >= 0.05, far:
+    loss 1 nat above the unigram's or half of the way to the uniform one's, 3x: three times in a row
+
+    insufficient_data        no row, no reference, or a hole among the evaluations
+    nonfinite                loss or entropy is NaN or inf
+    underscaled_decayed      loss above the unigram's, output matrix below half of its initial norm
+                             (late or 3x)
+    regression               loss 0.5 above its best and KL to the unigram 0.3 (3x)
+    init                     not late; loss and logits as at initialisation: ln V + std^2 / 2
+    overconfident            far, and loss more than 1 nat above the entropy (3x)
+    underscaled              late, far (3x), loss below the entropy: larger logits would help
+    underscaled_head_frozen  the same, output matrix and spread of the logits as at initialisation
+    dead                     late, far (3x), confidence about right
+    context_blind            late, predictions do not depend on the context (5x)
+    bigram_only              late, they do, yet the last token alone predicts as well
+    rank_collapse            late, hidden states lost their rank (5x; not with a tied embedding)
+    repetitive               as healthy, yet greedy text repeats itself
+    healthy                  loss below the unigram's, predictions depend on the context
+    slow                     late or after 300 steps, and none of these
+    unigram_transit          word frequencies are being learned
     """
-    loss, entropy = row["eval/loss"], row["collapse/entropy"]
-    ln_v, unigram = references["uniform"]["loss"], references["unigram"]["loss"]
-    early = sum_lr < 0.05
-    if not (math.isfinite(loss) and math.isfinite(entropy)):
+    name = _name(history, references)
+    if name in ("insufficient_data", "nonfinite"):
+        return Verdict(name, f"{len(history)} evaluations", LABELS[name][-1])
+    row, unigram = history[-1], references["unigram"]["loss"]
+    above, gap = row[LOSS] - unigram, _confidence(row)
+    evidence = [
+        f"loss {row[LOSS]:.2f} is {_beside(above)} the unigram's {unigram:.2f}",
+        f"entropy {row['collapse/entropy']:.2f} is {_beside(-gap)} the loss",
+        f"mutual information {row[MI]:.3f}",
+        *(f"{key} {row[key]:.3g}" for key in (LAST_TOKEN, RANK, REP_4) if key in row),
+    ]
+    if _norm(row) < 1 + FROZEN_NORM:
+        evidence.append(f"{_output(row)} norm {_norm(row):.2g} of initial")
+    if name == "slow":
+        evidence.append(f"sum of learning rates {row['sum_lr']:.2g}")
+    return Verdict(name, "; ".join(evidence), LABELS[name][-1], _warnings(history, unigram))
+
+
+def _name(history, references) -> str:
+    if not history or not {"uniform", "unigram"} <= references.keys() or _has_hole(history):
+        return "insufficient_data"
+    row = history[-1]
+    loss, late = row[LOSS], row["sum_lr"] >= LATE
+    if not (math.isfinite(loss) and math.isfinite(row["collapse/entropy"])):
         return "nonfinite"
-    informed = row["collapse/mutual_information"] > 0.05
-    if loss < unigram:
-        return "healthy" if informed else "context_blind"
-    if early and abs(loss - (ln_v + row["collapse/logit_std"] ** 2 / 2)) < 0.1:
+    uniform, unigram = references["uniform"]["loss"], references["unigram"]["loss"]
+    if loss > unigram and _lasts(history, 1 if late else PERSIST, lambda r: _norm(r) < DECAYED):
+        return "underscaled_decayed"
+    lost, lost_kl = (min(r[key] for r in history) for key in (LOSS, KL))
+    lost, lost_kl = lost + REGRESSION, lost_kl + REGRESSION_KL
+    if _lasts(history, PERSIST, lambda r: r[LOSS] > lost and r[KL] > lost_kl):
+        return "regression"
+    started = late or row["step"] >= SLOW_STEPS
+    if not started and abs(loss - uniform - row["collapse/logit_std"] ** 2 / 2) < 0.1:
         return "init"
-    if loss - entropy > 1:
+    limit = unigram + min(FAR, (uniform - unigram) / 2)
+    far = _lasts(history, PERSIST, lambda r: r[LOSS] > limit)
+    if far and _lasts(history, PERSIST, lambda r: _confidence(r) > OVERCONFIDENT):
         return "overconfident"
-    if early:
-        return "unigram_transit"
-    if loss > ln_v - 0.05:
+    fault = _late_fault(history, loss - unigram, far) if late else None
+    if fault or loss >= unigram or row[MI] < BLIND:
+        return fault or ("slow" if started else "unigram_transit")
+    repeats = loss < unigram - 0.5 and row.get(REP_4, 0) > REPEATED
+    return "repetitive" if repeats else "healthy"
+
+
+def _late_fault(history, above: float, far: bool) -> str | None:
+    """What is wrong although the weights had time to move."""
+    first, row = history[0], history[-1]
+    if far and _confidence(row) < UNDERCONFIDENT:
+        change = row["collapse/logit_std"] - first["collapse/logit_std"]
+        same_std = abs(change) < FROZEN_STD * first["collapse/logit_std"]
+        frozen = same_std and abs(_norm(row) - 1) < FROZEN_NORM
+        return "underscaled_head_frozen" if frozen else "underscaled"
+    if far:
         return "dead"
-    if loss - entropy < -0.3:
-        return "underscaled"
-    return "slow" if informed else "collapsed"
+    if _lasts(history, PERSIST_BLIND, lambda r: r[MI] < BLIND):
+        return "context_blind"
+    if above < 0.7 and row[MI] > 0.1 and row.get(LAST_TOKEN, math.inf) < LAST_TOKEN_ONLY:
+        return "bigram_only"
+    least = RANK_LOST * first.get(RANK, 0)
+    lost = _lasts(history, PERSIST_BLIND, lambda r: r.get(RANK, math.inf) < least)
+    # With a tied embedding the rank is low in healthy runs, too.
+    return "rank_collapse" if lost and above < 1 and _output(row) == "head" else None
+
+
+def _warnings(history, unigram: float) -> tuple[str, ...]:
+    """What goes wrong before the loss shows it; nothing in healthy runs."""
+    row = history[-1]
+    above, late = row[LOSS] - unigram, row["sum_lr"] >= LATE
+    name, norm, norms = _output(row), _norm(row), [_norm(r) for r in history[-PERSIST:]]
+    falls = norm < SHRINKING_NORM and all(a > b for a, b in pairwise(norms))
+    best, best_kl = (min(r[key] for r in history) for key in (LOSS, KL))
+    found = {
+        f"{name} norm is down to {norm:.2g} of initial": above > 0 and norm < DECAYED,
+        f"updates do little but shrink the {name}: cosine {_cosine(row):.2f}": above > 0
+        and falls
+        and _lasts(history, PERSIST, lambda r: _cosine(r) < SHRINKING_COSINE),
+        f"logits too small: entropy {_beside(-_confidence(row))} the loss": late
+        and above > 0.3
+        and _confidence(row) < UNDERCONFIDENT,
+        f"context is ignored: mutual information {row[MI]:.4f}": row["sum_lr"] >= PAST_UNIGRAM
+        and _lasts(
+            history, PERSIST_BLIND, lambda r: r[MI] < BLIND_WARNING and r[LOSS] < unigram + 1.5
+        ),
+        f"loss drifts up: {row[LOSS]:.2f}, was {best:.2f}": _cusum(history) > REGRESSION
+        and _lasts(history, PERSIST, lambda r: r[KL] > best_kl + CUSUM_KL),
+    }
+    return tuple(text for text, fires in found.items() if fires)
+
+
+def _cusum(history) -> float:
+    """One-sided cumulative sum of the loss above its best, less a drift; 0 at each new best."""
+    best, total = math.inf, 0.0
+    for loss in (row[LOSS] for row in history):
+        total = max(0.0, total + loss - best - CUSUM_DRIFT) if loss >= best else 0.0
+        best = min(best, loss)
+    return total
+
+
+def _has_hole(history) -> bool:
+    gaps = [b["step"] - a["step"] for a, b in pairwise(history)]
+    return len(gaps) > HOLE and max(gaps) * (len(gaps) - 1) > HOLE * (sum(gaps) - max(gaps))
+
+
+def _lasts(history, n: int, test) -> bool:
+    """Whether each of the last n evaluations passes."""
+    return len(history) >= n and all(test(row) for row in history[-n:])
+
+
+def _beside(difference: float) -> str:
+    return f"{abs(difference):.2f} {'above' if difference > 0 else 'below'}"
+
+
+def _output(row) -> str:
+    """The group of the matrix that makes the logits."""
+    return "head" if "decay/norm_ratio_head" in row else "embedding"
+
+
+def _norm(row) -> float:
+    return row.get(f"decay/norm_ratio_{_output(row)}", math.nan)
+
+
+def _cosine(row) -> float:
+    return row.get(f"decay/update_weight_cosine_{_output(row)}", math.nan)
+
+
+def _confidence(row) -> float:
+    return row[LOSS] - row["collapse/entropy"]

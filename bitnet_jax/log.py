@@ -13,6 +13,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from bitnet_jax.collapse import LABELS
 from bitnet_jax.config import Replicate, UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
@@ -103,7 +104,7 @@ class Metrics:
 
 
 class Progress:
-    """A bar over steps with the worst replicate's loss and unique tokens, and tokens per second."""
+    """A bar over steps with the worst replicate's verdict and loss, and tokens per second."""
 
     def __init__(self, step: int, steps: int, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
@@ -121,11 +122,11 @@ class Progress:
         if done:
             self.last = now
         evals = [row for row in rows if row["kind"] == "eval"]
-        worst = min(evals, key=lambda row: row["collapse/unique_tokens"])
+        worst = max(evals, key=lambda r: (LABELS[r["collapse/verdict"]][0], r["eval/loss"]))
+        warned = "".join(f"; warning: {text}" for text in worst["collapse/warnings"][:1])
         self.bar.set_postfix_str(
-            f"worst: loss {worst['eval/loss']:.3f}, {worst['collapse/unique_tokens']} unique of "
-            f"{worst['collapse/unique_targets']} in the text, {worst['collapse/verdict']}; "
-            f"{self.tokens_per_second:,.0f} tok/s",
+            f"worst: {worst['collapse/verdict']}, loss {worst['eval/loss']:.3f}; "
+            f"{self.tokens_per_second:,.0f} tok/s{warned}",
             refresh=False,
         )
         self.bar.update(done)

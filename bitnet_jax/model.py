@@ -7,8 +7,11 @@ b158    x += o(sub_norm(attention(q, k, v of norm(x))));  x += down(sub_norm(rel
 report  x += o'(attention(qkv'(norm(x))));  x += down'(relu2(gate) * up), with l'(x) = l(norm_l(x))
         (github.com/dcgrigsby/bitnet at 5f80475: a norm inside every BitLinear, fused projections)
 
+Given `position_BL`, the attention reads and writes the collection "cache" (`empty_cache`): token
+[b, l] goes to slot `position_BL[b, l]` of row b and attends to the slots up to its own.
+
 Shapes: B batch, L position, D width, H query heads, G key/value heads, K head width,
-F feed-forward, V vocabulary.
+F feed-forward, V vocabulary, S slots of the cache.
 """
 
 import math
@@ -29,12 +32,16 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (y * scale_D).astype(x.dtype)
 
 
-def rope(x_BLHK: jax.Array, theta: float) -> jax.Array:
-    """Rotate (first half, second half) pairs of each head by position (arXiv 2104.09864)."""
+def rope(x_BLHK: jax.Array, theta: float, position_BL: jax.Array | None = None) -> jax.Array:
+    """Rotate (first half, second half) pairs of each head by position (arXiv 2104.09864).
+
+    Positions are 0 .. L - 1 unless given.
+    """
     length, width = x_BLHK.shape[1], x_BLHK.shape[-1]
     freq_K = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle_LK = jnp.arange(length, dtype=jnp.float32)[:, None] * freq_K
-    cos, sin = jnp.cos(angle_LK)[:, None, :], jnp.sin(angle_LK)[:, None, :]
+    position = jnp.arange(length) if position_BL is None else position_BL
+    angle = position.astype(jnp.float32)[..., None] * freq_K
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
     a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
@@ -127,7 +134,7 @@ class Attention(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BLD, hyper):
+    def __call__(self, x_BLD, hyper, position_BL=None):
         cfg, width = self.cfg, self.cfg.d_model // self.cfg.n_heads
         sizes = {"q": cfg.n_heads, "k": cfg.n_kv_heads, "v": cfg.n_kv_heads}
         if cfg.layout == "report":
@@ -137,13 +144,26 @@ class Attention(nn.Module):
         else:
             parts = [BitLinear(cfg, n * width, name=k)(x_BLD, hyper) for k, n in sizes.items()]
         q_BLHK, k_BLGK, v_BLGK = (p.reshape(*p.shape[:2], -1, width) for p in parts)
-        y_BLHK = jax.nn.dot_product_attention(
-            rope(q_BLHK, cfg.rope_theta), rope(k_BLGK, cfg.rope_theta), v_BLGK, is_causal=True
-        )
+        q_BLHK = rope(q_BLHK, cfg.rope_theta, position_BL)
+        k_BLGK = rope(k_BLGK, cfg.rope_theta, position_BL)
+        if position_BL is None:
+            y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLGK, v_BLGK, is_causal=True)
+        else:
+            k_BSGK = self._remember("k", k_BLGK, position_BL)
+            v_BSGK = self._remember("v", v_BLGK, position_BL)
+            seen_BLS = jnp.arange(k_BSGK.shape[1]) <= position_BL[..., None]
+            y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BSGK, v_BSGK, mask=seen_BLS[:, None])
         y_BLD = y_BLHK.reshape(x_BLD.shape)
         if cfg.layout == "b158":
             y_BLD = RMSNorm(cfg, name="sub_norm")(y_BLD)
         return BitLinear(cfg, cfg.d_model, name="o")(y_BLD, hyper)
+
+    def _remember(self, name, x_BLGK, position_BL):
+        """Write keys or values into their slots of the cache; returns all of it."""
+        slot = (jnp.arange(x_BLGK.shape[0])[:, None], position_BL)
+        cache_BSGK = self.get_variable("cache", name).at[slot].set(x_BLGK, unique_indices=True)
+        self.put_variable("cache", name, cache_BSGK)
+        return cache_BSGK
 
 
 class FeedForward(nn.Module):
@@ -166,26 +186,26 @@ class Block(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BLD, hyper):
+    def __call__(self, x_BLD, hyper, position_BL=None):
         h_BLD = RMSNorm(self.cfg, name="attn_norm")(x_BLD)
-        x_BLD = x_BLD + Attention(self.cfg, name="attn")(h_BLD, hyper)
+        x_BLD = x_BLD + Attention(self.cfg, name="attn")(h_BLD, hyper, position_BL)
         h_BLD = RMSNorm(self.cfg, name="ffn_norm")(x_BLD)
         return x_BLD + FeedForward(self.cfg, name="ffn")(h_BLD, hyper)
 
 
 class Transformer(nn.Module):
-    """tokens [B, L] -> float32 logits [B, L, V]."""
+    """tokens [B, L] -> float32 logits [B, L, V]; with positions [B, L], through the cache."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BL, hyper):
+    def __call__(self, tokens_BL, hyper, position_BL=None):
         cfg = self.cfg
         shape = (cfg.vocab_size, cfg.d_model)
         embed = nn.Embed(*shape, embedding_init=embedding_init(cfg), name="embed")
         x_BLD = embed(tokens_BL).astype(cfg.dtype)
         for i in range(cfg.n_layers):
-            x_BLD = Block(cfg, name=f"block_{i}")(x_BLD, hyper)
+            x_BLD = Block(cfg, name=f"block_{i}")(x_BLD, hyper, position_BL)
         x_BLD = RMSNorm(cfg, name="final_norm")(x_BLD)
         head = embed.embedding if cfg.tied_embedding else Head(cfg, name="head")()
         x_ND = x_BLD.reshape(-1, cfg.d_model)
@@ -206,3 +226,10 @@ class Head(nn.Module):
     def __call__(self):
         shape = (self.cfg.d_model, self.cfg.vocab_size)
         return self.param("kernel", kernel_init(self.cfg), shape, jnp.float32)
+
+
+def empty_cache(cfg: ModelConfig, n_rows: int, n_slots: int) -> dict:
+    """The collection "cache" of a Transformer: keys and values [B, S, G, K] of every block."""
+    shape = (n_rows, n_slots, cfg.n_kv_heads, cfg.d_model // cfg.n_heads)
+    zeros = {"k": jnp.zeros(shape, cfg.dtype), "v": jnp.zeros(shape, cfg.dtype)}
+    return {f"block_{i}": {"attn": zeros} for i in range(cfg.n_layers)}

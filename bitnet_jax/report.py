@@ -12,12 +12,9 @@ import jinja2
 from markupsafe import Markup
 
 from bitnet_jax.charts import PALETTE, Series, line_chart, phase_portrait
+from bitnet_jax.collapse import LABELS
 from bitnet_jax.config import UserError
 from bitnet_jax.log import read_rows
-
-# Verdicts (or parts of one) that say so, without hyphens and underscores.
-DIVERGED = ("diverge", "nonfinite")
-COLLAPSED = ("collapse", "underscaled", "dead", "regression")
 
 COLUMNS = (  # key of the row, heading, format; the template holds what they mean
     ("eval/loss", "loss", ".2f"),
@@ -58,19 +55,12 @@ CHARTS = (  # key, or its prefix ending in _; title; unit; reference lines; log 
 # ---------------------------------------------------------------------------------- the headline
 
 
-def outcome(config: dict, row: dict) -> str:
-    """Name what a final row shows; distinct counts never decide."""
-    loss, unigram = _number(row.get("eval/loss")), _reference(config, "unigram", "loss")
-    verdict = str(row.get("collapse/verdict") or "")
-    words = verdict.lower().replace("-", "").replace("_", "")
-    flagged = any(word in words for word in COLLAPSED)
-    if not math.isfinite(loss) or any(word in words for word in DIVERGED):
+def outcome(row: dict) -> str:
+    """Say how a run ended by the verdict of its last row."""
+    if not math.isfinite(_number(row.get("eval/loss"))):
         return "diverged"
-    if math.isnan(unigram):
-        return f"ended with verdict {verdict}" if verdict else "has no reference to compare with"
-    if loss < unigram:
-        return f"beats word frequencies, yet its verdict is {verdict}" if flagged else "learned"
-    return "collapsed" if flagged else "has not passed word frequencies"
+    _, told, _ = LABELS.get(row.get("collapse/verdict"), LABELS["insufficient_data"])
+    return told
 
 
 def sentences(config: dict, finals: list[dict]) -> list[tuple[str, str]]:
@@ -95,7 +85,7 @@ def progress(config: dict, finals: list[dict]) -> str:
 
 
 def _sentence(config, name, rows):
-    outcomes = [outcome(config, row) for row in rows]
+    outcomes = [outcome(row) for row in rows]
     if len(set(outcomes)) == 1:
         told = f"{name} {outcomes[0]}" + (f" (n = {len(rows)} seeds)" if len(rows) > 1 else "")
     else:
@@ -215,8 +205,9 @@ def final_table(config: dict, finals: list[dict]) -> tuple[list[tuple], list[dic
     for row in finals:
         rep = config["replicates"][row["replicate"]]
         cells = [_cell(row.get(key), spec) for key, _, spec in columns]
-        verdict = row.get("collapse/verdict") or ""
-        head = {"name": rep["name"], "seed": rep["seed"], "verdict": verdict}
+        parts = {k: row.get(f"collapse/{k}") for k in ("verdict", "evidence", "next", "warnings")}
+        severity, *_ = LABELS.get(parts["verdict"], LABELS["insufficient_data"])
+        head = {"name": rep["name"], "seed": rep["seed"], "severity": severity, **parts}
         table.append({**head, "cells": cells, "reference": False})
     references = config.get("references") or {}
     known = {f"{k} predictor": references.get(k) for k in ("uniform", "unigram", "bigram")}

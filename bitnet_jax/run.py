@@ -6,7 +6,10 @@ import json
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +20,9 @@ from bitnet_jax import program as programs
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program
 
-N_PROMPTS = 3  # held-out beginnings that every replicate continues on the page
+N_PROMPTS = 16  # held-out beginnings that every replicate continues at the end
+N_SHOWN = 3  # of them on the page
+VERDICT_KEYS = ("collapse/verdict", "collapse/evidence", "collapse/next", "collapse/warnings")
 
 
 class TrainingFailed(Exception):
@@ -103,7 +108,7 @@ def _train(program: Program, settings: dict, workdir: Path) -> dict:
     metrics = log.Metrics(workdir, start, program.replicates)
     tokens_per_step = len(program.replicates) * cfg.data.batch_size * cfg.data.seq_len
     progress = log.Progress(start, cfg.run.steps, tokens_per_step)
-    make_rows = row_maker(program)
+    make_rows = row_maker(program, log.read_rows(metrics.path))
 
     def emit(step, trained, evaluated):
         trained, evaluated = jax.device_get((trained, evaluated))
@@ -202,14 +207,26 @@ def _describe(program: Program, settings: dict, workdir: Path) -> None:
         log.write_json(workdir / "config.json", described)
 
 
-def row_maker(program: Program):
-    """Return a function from the numbers of one chunk to rows of plain values."""
+def row_maker(program: Program, written: Sequence[dict] = ()):
+    """Return a function from the numbers of one chunk to rows of plain values.
+
+    The verdict of an evaluation looks back at all before it: those of a resumed run are `written`.
+    """
     cfg, replicates = program.cfg, program.replicates
+    histories, train_rows = [[] for _ in replicates], {}
     steps = np.arange(cfg.run.steps + 1)
     sum_lr = [np.cumsum(optim.learning_rate(r.hyper, steps, cfg.run)) for r in replicates]
 
     def plain(x):
         return int(x) if np.issubdtype(x.dtype, np.integer) else float(f"{x:.7g}")
+
+    def remember(row):
+        i = row["replicate"]
+        if row["kind"] == "train":
+            train_rows[i] = row
+        else:
+            total = {"sum_lr": float(sum_lr[i][row["step"]])}
+            histories[i].append(train_rows.pop(i, {}) | row | total)
 
     def make_rows(step, trained, evaluated):
         rows = []
@@ -218,13 +235,16 @@ def row_maker(program: Program):
                 values = {k: plain(v[i]) for k, v in sorted(numbers.items()) if "/" in k}
                 if kind == "train":
                     values["train/tokens"] = step * cfg.data.batch_size * cfg.data.seq_len
-                else:
-                    values["collapse/verdict"] = collapse.verdict(
-                        values, program.references, sum_lr[i][step]
-                    )
-                rows.append({"step": step, "replicate": i, "kind": kind} | values)
+                row = {"step": step, "replicate": i, "kind": kind} | values
+                remember(row)
+                if kind == "eval":
+                    found = collapse.verdict(histories[i], program.references)
+                    row |= dict(zip(VERDICT_KEYS, astuple(found), strict=True))
+                rows.append(row)
         return rows
 
+    for row in written:
+        remember(row)
     return make_rows
 
 
@@ -255,22 +275,49 @@ def _describe_failure(program, workdir, trained, evaluated, state, end: int) -> 
 
 
 def _final(program: Program, state, workdir: Path) -> list[dict]:
-    """Last verdict and greedy continuations of held-out beginnings, per replicate."""
-    tokenizer, length = program.tokens.tokenizer, program.cfg.data.seq_len
-    windows = np.asarray(program.evals.held_out_NBL).reshape(-1, length + 1)
-    picks = windows[np.linspace(0, len(windows) - 1, N_PROMPTS).astype(int)]
-    prompts_BP = picks[:, : length // 2]
-    new_RBL = jax.device_get(
-        generate.greedy(program.cfg, state.params, program.hyper, prompts_BP, length // 2)
+    """Last verdict and continuations of held-out beginnings, per replicate.
+
+    `decode` holds `generate.degeneration` of the greedy, of the sampled and of the text's own ones.
+    """
+    tokenizer, held_out_N = program.tokens.tokenizer, program.tokens.validation_N
+    n_prompt = program.cfg.data.seq_len // 2
+    n_new, end = max(32, n_prompt), tokenizer.end_of_text  # loops need some length to be seen
+    starts_B = np.linspace(0, max(0, len(held_out_N) - n_prompt - n_new), N_PROMPTS).astype(int)
+    windows_BL = starts_B[:, None] + np.arange(n_prompt + n_new)
+    tokens_BL = held_out_N.take(windows_BL, mode="wrap").astype(np.int32)
+    decode = partial(
+        generate.generate,
+        *(program.cfg, state.params, program.hyper, tokens_BL[:, :n_prompt]),
+        *(np.full(N_PROMPTS, n_prompt), n_new),
+        seed=0,
+        end_of_text=end,
     )
+    greedy_RBN = jax.device_get(decode(sampling=generate.Sampling()))
+    sampled_RBN = jax.device_get(decode(sampling=generate.Sampling(temperature=1.0)))
     rows = log.read_rows(workdir / "metrics.jsonl")
     final = []
     for i, rep in enumerate(program.replicates):
         evals = [row for row in rows if row["kind"] == "eval" and row["replicate"] == i]
-        pairs = zip(prompts_BP, new_RBL[i], strict=True)
-        texts = [{"prompt": tokenizer.decode(p), "text": tokenizer.decode(t)} for p, t in pairs]
-        verdict = evals[-1]["collapse/verdict"]
-        final.append(
-            {"name": rep.name, "seed": rep.seed, "verdict": verdict, "continuations": texts}
-        )
+        verdict = {key.removeprefix("collapse/"): evals[-1][key] for key in VERDICT_KEYS}
+        kinds = {
+            "greedy": greedy_RBN[i],
+            "sampled": sampled_RBN[i],
+            "text": tokens_BL[:, n_prompt:],
+        }
+        decoded = {
+            f"decode/{kind}_{name}": float(f"{value:.5g}")
+            for kind, tokens_BN in kinds.items()
+            for name, value in generate.degeneration(tokens_BN, end).items()
+            if name != "loop_period"
+        }
+        texts = [
+            {
+                "prompt": tokenizer.decode(tokens_BL[b, :n_prompt]),
+                "text": tokenizer.decode(generate.until_end(greedy_RBN[i, b], end)),
+                "sampled": tokenizer.decode(generate.until_end(sampled_RBN[i, b], end)),
+            }
+            for b in np.linspace(0, N_PROMPTS - 1, N_SHOWN).astype(int)
+        ]
+        told = {"decode": decoded, "continuations": texts}
+        final.append({"name": rep.name, "seed": rep.seed} | verdict | told)
     return final

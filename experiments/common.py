@@ -64,6 +64,15 @@ def main(
 
     `quick` holds assignments that the experiment adds to the preset of that name.
     """
+    guard(
+        lambda: body(
+            parse(doc, name, default_preset, sys.argv[1:], seeds=seeds, quick=quick, sweep=sweep)
+        )
+    )
+
+
+def guard(command: Callable[[], None]) -> None:
+    """Run a command; mistakes become one line and an exit status."""
     # Orbax warns about files that it does not need, and downloads about each of their retries; what
     # fails in the end raises.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -73,7 +82,7 @@ def main(
     if DETERMINISTIC not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()
     try:
-        body(parse(doc, name, default_preset, sys.argv[1:], seeds=seeds, quick=quick, sweep=sweep))
+        command()
     except UserError as error:
         _exit(f"error: {error}", 2)
     except TrainingFailed as error:

@@ -1,4 +1,4 @@
-"""Greedy continuation is the argmax of full forward passes, per prompt and per replicate."""
+"""Decoding through the cache equals full forward passes; sampling follows its definition."""
 
 from dataclasses import replace
 
@@ -8,57 +8,264 @@ import numpy as np
 import pytest
 
 from bitnet_jax import config, generate, presets
-from bitnet_jax.model import Transformer
+from bitnet_jax.generate import Sampling
+from bitnet_jax.model import Transformer, empty_cache
 
-N_NEW = 6
+V, N_NEW = 61, 6
+LENGTHS_B = np.array([5, 2, 4], np.int32)
+NEVER = V  # an end of text that no model gives
+SHAPES = {
+    "b158, tied": {"layout": "b158", "n_layers": 1},
+    "b158, untied, grouped queries, bias": {
+        "layout": "b158",
+        "n_layers": 1,
+        "n_kv_heads": 1,
+        "tied_embedding": False,
+        "output_bias": True,
+    },
+    "report, untied": {"layout": "report", "n_layers": 1, "tied_embedding": False},
+    "report, tied, grouped queries, bias": {
+        "layout": "report",
+        "n_kv_heads": 1,
+        "output_bias": True,
+    },
+}
 
 
-@pytest.fixture(scope="module", params=["b158", "report"])
-def model(request):
-    """A model with random weights that are large enough for its argmax to vary."""
+def random_model(**shape):
+    """Two replicates with random weights that are large enough for their argmax to vary."""
     cfg = presets.preset("tiny")
-    tied = request.param == "b158"
-    shape = replace(cfg.model, layout=request.param, vocab_size=61, n_layers=1, tied_embedding=tied)
-    cfg = replace(cfg, model=shape)
+    cfg = replace(cfg, model=replace(cfg.model, vocab_size=V, **shape))
     hyper = config.Hyper(*(jnp.full(2, x, jnp.float32) for x in vars(config.Hyper()).values()))
+    init = Transformer(cfg.model).init
     tokens_BL = jnp.zeros((1, 2), jnp.int32)
-    shapes = jax.eval_shape(
-        lambda: Transformer(shape).init(jax.random.key(0), tokens_BL, config.Hyper())["params"]
-    )
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), tokens_BL, config.Hyper())["params"])
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=(2, *x.shape)).astype(np.float32), shapes)
-    prompts_BP = rng.integers(0, 61, (3, 5)).astype(np.int32)
-    return cfg, params, hyper, prompts_BP
+    return cfg, params, hyper, rng.integers(0, V, (3, 5)).astype(np.int32)
 
 
-def test_is_the_argmax_of_full_forward_passes(model):
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request):
+    return random_model(**SHAPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def simple():
+    """One small model for claims that do not depend on the layout."""
+    cfg, params, hyper, prompts_BP = random_model(n_layers=1, layout="report")
+    return cfg, params, hyper.replace(logit_scale=jnp.full(2, 0.3)), prompts_BP
+
+
+def run(model, n_new=N_NEW, lengths_B=LENGTHS_B, seed=0, end_of_text=NEVER, **sampling):
     cfg, params, hyper, prompts_BP = model
-    expected_RBN = []
-    forward = jax.jit(lambda p, h, x: Transformer(cfg.model).apply({"params": p}, x, h))
+    rest = {"sampling": Sampling(**sampling), "seed": seed, "end_of_text": end_of_text}
+    return np.asarray(generate.generate(cfg, params, hyper, prompts_BP, lengths_B, n_new, **rest))
+
+
+def forward(cfg):
+    return jax.jit(lambda p, h, x: Transformer(cfg.model).apply({"params": p}, x, h))
+
+
+def test_greedy_is_the_argmax_of_full_forward_passes(model):
+    """Of prompts of unequal length in one batch, each on its own and without padding."""
+    cfg, params, hyper, prompts_BP = model
+    full = forward(cfg)
+    new_RBN = run(model)
+    assert new_RBN.dtype == np.int32 and new_RBN.shape == (2, 3, N_NEW)
     for i in range(2):
         one, h = jax.tree.map(lambda x, i=i: x[i], (params, hyper))
-        tokens_BL = prompts_BP
-        for _ in range(N_NEW):
-            logits_BLV = np.asarray(forward(one, h, tokens_BL))
-            tokens_BL = np.concatenate([tokens_BL, logits_BLV[:, -1:].argmax(-1)], axis=1)
-        expected_RBN.append(tokens_BL[:, prompts_BP.shape[1] :])
-    new_RBN = np.asarray(generate.greedy(cfg, params, hyper, prompts_BP, N_NEW))
-    assert new_RBN.dtype == np.int32 and new_RBN.tolist() == np.array(expected_RBN).tolist()
+        for b, length in enumerate(LENGTHS_B):
+            whole = np.zeros(5 + N_NEW, np.int32)  # causal: what follows a position has no say
+            whole[:length] = prompts_BP[b, :length]
+            for n in range(length, length + N_NEW):
+                whole[n] = np.asarray(full(one, h, whole[None]))[0, n - 1].argmax()
+            assert new_RBN[i, b].tolist() == whole[length : length + N_NEW].tolist()
     assert len(np.unique(new_RBN)) > 5
 
 
-def test_prompts_do_not_influence_each_other(model):
-    cfg, params, hyper, prompts_BP = model
-    together = np.asarray(generate.greedy(cfg, params, hyper, prompts_BP, N_NEW))
-    others = (prompts_BP + 7) % 61
-    others[1] = prompts_BP[1]
-    beside = np.asarray(generate.greedy(cfg, params, hyper, others, N_NEW))
+def test_logits_through_the_cache_equal_the_full_pass(model):
+    """Of a prefill, of single tokens after it, and of rows that stand at different positions."""
+    cfg, params, hyper, _ = model
+    one, h = jax.tree.map(lambda x: x[0], (params, hyper))
+    tokens_BL = np.random.default_rng(1).integers(0, V, (2, 9)).astype(np.int32)
+    expected_BLV = np.asarray(forward(cfg)(one, h, tokens_BL))
+
+    @jax.jit
+    def cached(cache, tokens_BL, position_BL):
+        variables = {"params": one, "cache": cache}
+        return Transformer(cfg.model).apply(variables, tokens_BL, h, position_BL, mutable="cache")
+
+    cache = empty_cache(cfg.model, 2, 12)
+    logits_BLV, filled = cached(cache, tokens_BL[:, :5], np.arange(5)[None])
+    np.testing.assert_allclose(logits_BLV, expected_BLV[:, :5], rtol=1e-4, atol=1e-4)
+    start_B, rows = np.array([5, 2]), np.arange(2)
+    for i in range(4):
+        at = start_B + i
+        logits_BLV, filled = cached(filled["cache"], tokens_BL[rows, at][:, None], at[:, None])
+        np.testing.assert_allclose(logits_BLV[:, 0], expected_BLV[rows, at], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
+def test_neither_padding_nor_other_prompts_have_influence(simple, sampling):
+    cfg, params, hyper, prompts_BP = simple
+    others = (prompts_BP + 7) % V
+    others[1, :2] = prompts_BP[1, :2]
+    wide = np.pad(others, ((0, 0), (0, 3)), constant_values=9)
+    together, beside = run(simple, **sampling), run((cfg, params, hyper, wide), **sampling)
     assert (beside[:, 1] == together[:, 1]).all() and (beside[:, 0] != together[:, 0]).any()
 
 
-def test_replicates_do_not_influence_each_other(model):
-    cfg, params, hyper, prompts_BP = model
-    together = np.asarray(generate.greedy(cfg, params, hyper, prompts_BP, N_NEW))
+def test_replicates_do_not_influence_each_other(simple):
+    cfg, params, hyper, prompts_BP = simple
+    together = run(simple)
     swapped = jax.tree.map(lambda x: x[::-1], params)
-    assert (generate.greedy(cfg, swapped, hyper, prompts_BP, N_NEW) == together[::-1]).all()
+    assert (run((cfg, swapped, hyper, prompts_BP)) == together[::-1]).all()
     assert (together[0] != together[1]).any()
+
+
+def test_a_seed_decides_the_text_and_rows_and_replicates_draw_apart(simple):
+    cfg, params, hyper, prompts_BP = simple
+    same = (
+        cfg,
+        jax.tree.map(lambda x: np.stack([x[0], x[0]]), params),
+        hyper,
+        np.repeat(prompts_BP[:1], 3, axis=0),
+    )
+    first = run(same, lengths_B=np.full(3, 5), temperature=1.0)
+    assert (run(same, lengths_B=np.full(3, 5), temperature=1.0) == first).all()
+    assert (run(same, lengths_B=np.full(3, 5), temperature=1.0, seed=1) != first).any()
+    assert len(np.unique(first.reshape(6, -1), axis=0)) == 6
+
+
+def test_decoding_in_pieces_equals_decoding_at_once(simple):
+    cfg, params, hyper, prompts_BP = simple
+    sampling = Sampling(temperature=1.0, repetition_penalty=1.5)
+    state = generate.begin(cfg, params, hyper, prompts_BP, LENGTHS_B, N_NEW, 0)
+    pieces = []
+    for n in (1, 3, 2):
+        state, tokens_RBN = generate.extend(cfg, params, hyper, state, n, sampling, NEVER)
+        pieces.append(tokens_RBN)
+    at_once = run(simple, temperature=1.0, repetition_penalty=1.5)
+    assert (np.concatenate(pieces, axis=-1) == at_once).all()
+
+
+def test_nothing_but_end_of_text_follows_an_end_of_text(simple):
+    """A prompt that ends with one goes on: documents start so."""
+    free = run(simple)
+    end = int(free[0, 0, 2])
+    stopped = run(simple, end_of_text=end)
+    first = free[0, 0].tolist().index(end)
+    assert stopped[0, 0].tolist() == free[0, 0, :first].tolist() + [end] * (N_NEW - first)
+    last = int(simple[3][0, 4])
+    assert (run(simple, end_of_text=last)[:, 0] != last).any()
+
+
+def draws(logits_V, n=20_000, seen_V=None, **sampling):
+    """Frequencies of `n` choices from the same logits."""
+    logits_V = jnp.asarray(logits_V, jnp.float32)
+    seen = jnp.zeros(len(logits_V), bool) if seen_V is None else jnp.asarray(seen_V)
+    tokens_B = jax.jit(generate.choose)(
+        jnp.tile(logits_V, (n, 1)),
+        jnp.tile(seen, (n, 1)),
+        jax.random.split(jax.random.key(0), n),
+        Sampling(**sampling),
+    )
+    return np.bincount(tokens_B, minlength=len(logits_V)) / n
+
+
+PROBS = np.array([0.1, 0.4, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({"temperature": 1.0}, PROBS),
+        ({"temperature": 0.5}, PROBS**2 / (PROBS**2).sum()),
+        ({"temperature": 1.0, "top_k": 2}, np.array([0, 4, 0, 3]) / 7),
+        ({"temperature": 1.0, "top_p": 0.8}, np.array([0, 4, 2, 3]) / 9),
+        ({"temperature": 1.0, "top_p": 0.01}, np.array([0, 1, 0, 0])),
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.7}, np.array([0, 4, 0, 3]) / 7),
+        ({"temperature": 0.0}, np.array([0, 1, 0, 0])),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_tempered_and_cut_distribution(sampling, expected):
+    """The nucleus is taken from what top-k left: of 4, 3, 2 ninths the first two reach 0.7."""
+    found = draws(np.log(PROBS), **sampling)
+    assert np.abs(found - expected).max() < 0.02 and (found[expected == 0] == 0).all()
+
+
+def test_a_repetition_penalty_lowers_logits_of_either_sign():
+    """Divided when positive, multiplied when negative: a seen token never becomes likelier."""
+    assert draws([2.0, 1.5, -9.0], 1, [True, False, False]).tolist() == [1, 0, 0]
+    penalised = {"repetition_penalty": 2.0}
+    assert draws([2.0, 1.5, -9.0], 1, [True, False, False], **penalised).tolist() == [0, 1, 0]
+    assert draws([-2.0, -3.0, -9.0], 1, [True, False, False], **penalised).tolist() == [0, 1, 0]
+
+
+def test_the_penalty_counts_the_prompt_and_the_continuation_but_not_padding(simple):
+    cfg, params, hyper, prompts_BP = simple
+    new_RBN = run(simple, repetition_penalty=1e6)
+    for new_BN in new_RBN:
+        for prompt, length, row in zip(prompts_BP, LENGTHS_B, new_BN, strict=True):
+            assert len({*prompt[:length], *row}) == len({*prompt[:length]}) + len(row)
+    first = run(simple)[:, 1, 0]
+    padded = prompts_BP.copy()
+    padded[1, 2:] = first[0]
+    penalised = run((cfg, params, hyper, padded), repetition_penalty=1e6)[:, 1, 0]
+    assert penalised[0] == first[0]
+
+
+def letters(text):
+    return np.array([[ord(c) for c in text]])
+
+
+END = ord("$")
+
+
+def test_degeneration_of_a_cycle_by_hand():
+    """`abcd` five times: 4 distinct of 20 tokens, and 4 distinct of 17 four-grams."""
+    found = generate.degeneration(letters("abcd" * 5), END)
+    assert found == {
+        "unique": 4,
+        "distinct_1": 4 / 20,
+        "distinct_2": 4 / 19,
+        "distinct_3": 4 / 18,
+        "distinct_4": 4 / 17,
+        "rep_4": 1 - 4 / 17,
+        "loop": 1,
+        "loop_period": 4,
+    }
+
+
+def test_degeneration_of_text_without_repetition_is_none():
+    found = generate.degeneration(letters("abcdefghij"), END)
+    assert found["unique"] == 10 and found["rep_4"] == found["loop"] == 0
+    assert found["distinct_1"] == found["distinct_4"] == 1 and found["loop_period"] is None
+
+
+def test_degeneration_averages_continuations_and_stops_at_their_end_of_text():
+    """Three letters and the end, then a loop of period 1 that lasts."""
+    tokens = np.concatenate([letters("abc$$$$$$$"), letters("xyzaaaaaaa")])
+    found = generate.degeneration(tokens, END)
+    assert found["unique"] == (3 + 4) / 2 and found["distinct_1"] == (1 + 0.4) / 2
+    assert found["distinct_4"] == (1 + 4 / 7) / 2  # three tokens have no four-grams to repeat
+    assert found["loop"] == 0.5 and found["loop_period"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "period"),
+    [
+        ("abcd" * 5, 4),
+        ("qrs" + "abcd" * 5, 4),  # what came before the loop does not matter
+        ("abcd" * 5 + "q", None),  # it has ended
+        ("abcd" * 4 + "bcd", None),  # 15 of the last 16 equal the one four before
+        ("aaaaa", 1),
+        ("aaaa", None),
+        ("ab" * 10, 2),  # the smallest, not 4
+        ("", None),
+    ],
+)
+def test_a_loop_repeats_over_four_periods_to_the_end(text, period):
+    assert generate.loop_period([ord(c) for c in text]) == period

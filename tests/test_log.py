@@ -46,10 +46,30 @@ def test_numbers_reach_the_board_of_their_replicate(tmp_path, monkeypatch):
     for i, board in enumerate(metrics.boards):
         monkeypatch.setattr(board, "add_scalar", lambda *args, i=i: seen.append((i, *args)))
     values = {"eval/loss": 2.5, "collapse/verdict": "slow", "collapse/unique_tokens": 3}
+    values |= {"collapse/warnings": ["loss drifts up"], "collapse/next": "wait"}
     metrics.write([row(5, 1, **values)])
     metrics.close()
     assert seen == [(1, "eval/loss", 2.5, 5), (1, "collapse/unique_tokens", 3, 5)]
     assert sorted(p.name for p in (tmp_path / "tb").iterdir()) == ["0-report-0", "1-b158-0"]
+
+
+def test_the_bar_shows_the_worst_verdict_then_the_highest_loss():
+    def update(*rows):
+        keys = ("eval/loss", "collapse/verdict", "collapse/warnings")
+        progress.update(
+            0, [row(0, i, **dict(zip(keys, r, strict=True))) for i, r in enumerate(rows)]
+        )
+        return progress.bar.postfix
+
+    progress = log.Progress(0, 10, 1)
+    healthy, slow, blind = (
+        (5.0, "healthy", []),
+        (7.5, "slow", []),
+        (6.0, "context_blind", ["a", "b"]),
+    )
+    assert update(healthy, slow) == "worst: slow, loss 7.500; 0 tok/s"
+    assert update(healthy, blind, slow) == "worst: context_blind, loss 6.000; 0 tok/s; warning: a"
+    progress.close()
 
 
 def test_read_rows_drops_a_cut_last_line_only(tmp_path):

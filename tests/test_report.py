@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from bitnet_jax import charts, report
+from bitnet_jax import charts, collapse, report
 from bitnet_jax.config import UserError
 
 REFERENCES = {
@@ -62,6 +62,13 @@ def make_config(names=("report", "b158"), seeds=(0,), **changes):
     }
 
 
+def judged(name, warnings=()):
+    """The columns of a verdict; its evidence holds what HTML would take for a tag."""
+    keys = ("verdict", "evidence", "next", "warnings")
+    values = (name, f"why {name}: loss < 7", collapse.LABELS[name][-1], list(warnings))
+    return {f"collapse/{key}": value for key, value in zip(keys, values, strict=True)}
+
+
 def make_rows(config, *, every=20, until=None):
     """Plausible curves: `report` fades to the uniform distribution, the others learn."""
     rows, steps = [], config["run"]["steps"]
@@ -88,7 +95,7 @@ def make_rows(config, *, every=20, until=None):
                 "collapse/mutual_information": 0.15 * (1 - t) ** 4 if fades else 0.15 + t,
                 "collapse/unigram_kl": 3.9 - 1.2 * t if fades else 3.9 * math.exp(-6 * t),
                 "collapse/overconfidence": loss + wiggle - entropy,
-                "collapse/verdict": ("collapsed" if fades else "healthy") if t > 0.1 else "init",
+                **judged(("underscaled" if fades else "healthy") if t > 0.1 else "init"),
                 "quant/zero_rate": 0.31 + 0.02 * t,
                 "quant/flip_rate": 0.02 * math.exp(-2 * t),
             }
@@ -145,7 +152,7 @@ def make_workdir(folder, config, rows):
     return folder
 
 
-def ending(replicate=0, loss=7.61, unique=2, verdict="collapsed", step=500):
+def ending(replicate=0, loss=7.61, unique=2, verdict="underscaled", step=500):
     values = {"eval/loss": loss, "collapse/unique_tokens": unique, "collapse/verdict": verdict}
     return {"step": step, "replicate": replicate, "kind": "eval", **values}
 
@@ -188,26 +195,25 @@ def test_headline_tells_collapse_from_learning():
 
 
 def test_distinct_counts_decide_nothing():
-    config = make_config()
-    for loss, verdict in ((7.61, "collapsed"), (5.0, "healthy"), (7.0, "init")):
-        told = {report.outcome(config, ending(0, loss, n, verdict)) for n in (1, 20, 310)}
-        assert len(told) == 1
+    for name in collapse.LABELS:
+        assert len({report.outcome(ending(0, 7.0, n, name)) for n in (1, 20, 310)}) == 1
 
 
 @pytest.mark.parametrize(
     ("loss", "verdict", "told"),
     [
         (5.0, "healthy", "learned"),
-        (7.0, "UNDERSCALED.DECAYED", "collapsed"),
-        (7.0, "unigram_transit", "has not passed word frequencies"),
-        (5.0, "collapsed", "beats word frequencies, yet its verdict is collapsed"),
+        (7.0, "underscaled_decayed", "collapsed"),
+        (7.0, "unigram_transit", "is still learning word frequencies"),
+        (7.0, "slow", "has not passed word frequencies"),
         (float("nan"), "healthy", "diverged"),
         (None, None, "diverged"),
         (6.0, "nonfinite", "diverged"),
+        (6.0, None, "cannot be judged"),
     ],
 )
 def test_outcome_needs_verdict_and_loss(loss, verdict, told):
-    assert report.outcome(make_config(), ending(0, loss, 9, verdict)) == told
+    assert report.outcome(ending(0, loss, 9, verdict)) == told
 
 
 def test_headline_of_an_unfinished_run_says_where_it_is():
@@ -260,6 +266,20 @@ def test_continuations_are_escaped(workdir):
     text = report.write_report(workdir).read_text()
     assert "if x &lt;b&gt;&amp; y:" in text
     assert "<b>&" not in text
+
+
+def test_verdicts_stand_under_the_headline_the_worst_first(tmp_path):
+    config = make_config(["b158", "report"])
+    rows = make_rows(config)
+    rows[-1 if rows[-1]["kind"] == "eval" else -2].update(judged("dead", ["norm <= 0.5", "drifts"]))
+    text = report.write_report(make_workdir(tmp_path / "run", config, rows)).read_text()
+    first, second = re.findall(r'<p class="card judged">.*?</p>', text, re.DOTALL)
+    assert text.index("</h1>") < text.index(first) < text.index("<figure>")
+    assert "report" in first and "why dead: loss &lt; 7" in first
+    assert collapse.LABELS["dead"][-1] in first
+    assert re.findall(r'"warning">(.*?)<', first) == ["norm &lt;= 0.5", "drifts"]
+    assert "b158" in second and "why healthy" in second and "warning" not in second
+    assert ("alarm" in first, "alarm" in second) == (True, False)
 
 
 def test_torn_last_line_is_dropped_and_a_bad_line_is_named(tmp_path):

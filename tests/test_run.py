@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bitnet_jax import checkpoint, config, log, run
+from bitnet_jax import checkpoint, collapse, config, log, optim, presets, run
 from bitnet_jax import program as programs
 from bitnet_jax.config import UserError
 
@@ -50,7 +50,7 @@ def shared(tmp_path_factory, cache_folder):
 
 @pytest.fixture(scope="module")
 def cfg(shared):
-    tiny = config.preset("tiny")
+    tiny = presets.preset("tiny")
     return replace(
         tiny,
         model=replace(tiny.model, n_layers=1),
@@ -62,7 +62,7 @@ def cfg(shared):
 
 
 def replicates_of(cfg, **hyper):
-    return config.make_replicates(cfg, [0], hyper)
+    return presets.make_replicates(cfg, [0], hyper)
 
 
 def start(cfg, workdir, **options):
@@ -135,6 +135,44 @@ def test_rows_are_complete_and_valid_json(finished):
     assert tokens == {step: step * 4 * 16 for step in ENDS}
 
 
+def test_rows_and_summary_hold_the_verdict_of_the_history(cfg, finished):
+    """Recomputed from the rows: those of a step's training belong to its evaluation."""
+    workdir, summary = finished
+    rows = rows_of(workdir)
+    references = json.loads((workdir / "config.json").read_text())["references"]
+    for i, rep in enumerate(replicates_of(cfg)):
+        sum_lr = np.cumsum(optim.learning_rate(rep.hyper, np.arange(STEPS + 1), cfg.run))
+        history, train = [], {}
+        for row in (row for row in rows if row["replicate"] == i):
+            if row["kind"] == "train":
+                train = row
+                continue
+            history.append(train | row | {"sum_lr": float(sum_lr[row["step"]])})
+            want = collapse.verdict(history, references)
+            found = [row[f"collapse/{key}"] for key in ("verdict", "evidence", "next", "warnings")]
+            assert found == [want.name, want.evidence, want.next, list(want.warnings)]
+        last = summary["replicates"][i]
+        assert [last[key] for key in ("verdict", "evidence", "next", "warnings")] == found
+    assert "decay/norm_ratio_embedding" in history[-1]
+
+
+def test_a_resumed_run_judges_by_the_rows_before(cfg, finished):
+    """As bytes too, in the tests below; here the history is long enough to tell."""
+    program = programs.build(cfg, replicates_of(cfg))
+    far = 1e3 + np.arange(2)
+    numbers = {f"collapse/{k}": far for k in ("mutual_information", "unigram_kl", "logit_std")}
+    numbers |= {"eval/loss": far, "collapse/entropy": far - 5}
+    whole, written = run.row_maker(program), []
+    for step in (5, 10, 15, 20):
+        rows = whole(step, {"train/lr": far}, numbers)
+        assert run.row_maker(program, written)(step, {"train/lr": far}, numbers) == rows
+        written += json.loads(json.dumps(rows))
+    assert [row["collapse/verdict"] for row in written if row["kind"] == "eval"] == [
+        *["unigram_transit"] * 4,
+        *["overconfident"] * 4,
+    ]
+
+
 def test_a_workdir_in_use_is_refused_and_left_alone(cfg, finished, tmp_path):
     workdir, _ = finished
     (tmp_path / "notes.txt").write_text("mine")
@@ -169,14 +207,14 @@ def test_resuming_a_finished_run_changes_no_result(cfg, finished):
 def test_resuming_with_other_settings_is_refused(cfg, finished, assignment, message):
     workdir, _ = finished
     before = contents(workdir)
-    other, _ = config.override(cfg, [assignment])
+    other, _ = presets.override(cfg, [assignment])
     assert f"was started with {message}" in error_of(UserError, other, workdir, resume=True)
     assert contents(workdir) == before
 
 
 def test_resuming_with_other_replicates_is_refused(cfg, finished):
     workdir, _ = finished
-    for others in (config.make_replicates(cfg, [1], {}), replicates_of(cfg, lr_peak=1e-3)):
+    for others in (presets.make_replicates(cfg, [1], {}), replicates_of(cfg, lr_peak=1e-3)):
         with pytest.raises(UserError, match="other recipes, seeds or hyper"):
             run.run(cfg, others, workdir, resume=True)
 
@@ -289,9 +327,9 @@ def test_a_fork_without_a_step_takes_the_last(cfg, finished, tmp_path):
     [
         ("{none}", "no checkpoints in"),
         ("{none}@15", "no checkpoints in"),
-        ("{run}@last", "write it as fork:WORKDIR[@STEP[:REPLICATE]]"),
-        ("{run}@15:b158", "write it as fork:WORKDIR[@STEP[:REPLICATE]]"),
-        ("{run}@-15", "write it as fork:WORKDIR[@STEP[:REPLICATE]]"),
+        ("{run}@last", "write it as WORKDIR[@STEP[:REPLICATE]]"),
+        ("{run}@15:b158", "write it as WORKDIR[@STEP[:REPLICATE]]"),
+        ("{run}@-15", "write it as WORKDIR[@STEP[:REPLICATE]]"),
         ("{run}@7", "no checkpoint of step 7; there: [15, 30]"),
         ("{run}", "step 30 is past run.steps=30"),
         ("{run}@15:2", "no replicate 2; the checkpoint has 0 to 1"),
