@@ -156,6 +156,7 @@ class RunConfig:
     init: str | None = _field(
         None, "start from fork:WORKDIR[@STEP[:REPLICATE]] instead of from scratch"
     )
+    reset_optimizer: bool = _field(False, "a fork starts with fresh moments of Adam")
 
     def __post_init__(self):
         _positive(self, "run", "eval_every", "save_every", "checkpoint_every")
@@ -165,6 +166,8 @@ class RunConfig:
             raise UserError("run.recipes is empty; name at least one")
         if self.init is not None and not self.init.startswith("fork:"):
             raise UserError(f"run.init={self.init}: use fork:WORKDIR[@STEP[:REPLICATE]]")
+        if self.reset_optimizer and self.init is None:
+            raise UserError("run.reset_optimizer=true: only a fork can; set run.init=fork:WORKDIR")
 
     @property
     def boundary(self) -> int:

@@ -145,8 +145,9 @@ def last_update(
     decoupled = by_stage(n, run, hyper.decoupled_1, hyper.decoupled_2)
     unscaled = by_stage(n, run, hyper.unscaled_1, hyper.unscaled_2)
     share = dict.fromkeys(DECAYED_IN_PART, hyper.decay_rest) | {"matrix": 1.0, "bias": 0.0}
-    mu = optax.tree.bias_correction(opt_state["adam"].mu, cfg.beta1, n)
-    nu = optax.tree.bias_correction(opt_state["adam"].nu, cfg.beta2, n)
+    adam = opt_state["adam"]
+    mu = optax.tree.bias_correction(adam.mu, cfg.beta1, adam.count)
+    nu = optax.tree.bias_correction(adam.nu, cfg.beta2, adam.count)
 
     def update(group, param, m, v):
         a = m / (jnp.sqrt(v) + cfg.eps)

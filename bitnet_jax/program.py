@@ -157,8 +157,19 @@ def start_state(program: Program, workdir: Path) -> tuple[train.TrainState, int]
     if steps:
         return checkpoint.restore(workdir, steps[-1], program.abstract_state), steps[-1]
     if program.cfg.run.init:
-        return fork_state(program, program.cfg.run.init.removeprefix("fork:"))
+        state, step = fork_state(program, program.cfg.run.init.removeprefix("fork:"))
+        return (fresh_moments(program, state) if program.cfg.run.reset_optimizer else state), step
     return program.init(), 0
+
+
+def fresh_moments(program: Program, state: train.TrainState) -> train.TrainState:
+    """Adam's moments and its count of bias correction set to 0, as in a new optimiser.
+
+    The step and the counts of the schedules stay: learning rate and decay go on as planned.
+    """
+    adam = jax.tree.map(jnp.zeros_like, state.opt_state["adam"])
+    reset = state.replace(opt_state=state.opt_state | {"adam": adam})
+    return jax.device_put(reset, program.state_sharding)
 
 
 def checkpoint_place(text: str) -> tuple[Path, int, int | None]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import signal
 import tempfile
@@ -121,7 +122,7 @@ def _train(program: Program, settings: dict, workdir: Path) -> dict:
         progress.update(step, rows)
 
     ends = [end for end in chunk_ends(cfg.run) if end > start]
-    spans = list(zip([start, *ends[:-1]], ends, strict=True))
+    spans = list(itertools.pairwise([start, *ends]))
     pending = None  # the numbers of a chunk are read while the next one runs
     with contextlib.ExitStack() as stack:
         for resource in (metrics, progress, manager):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,6 +286,17 @@ def test_a_first_write_that_was_cut_is_written_again(cfg, finished, tmp_path):
     (workdir / "metrics.jsonl").write_text(first + second[:50])
     start(cfg, workdir, resume=True)
     assert (workdir / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_run_killed_after_its_last_checkpoint_writes_the_same_summary(cfg, finished, tmp_path):
+    reference, _ = finished
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    (workdir / "summary.json").unlink()
+    start(cfg, workdir, resume=True)
+    assert (workdir / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
+    found, want = (json.loads((w / "summary.json").read_text()) for w in (workdir, reference))
+    assert found["replicates"] == want["replicates"]
 
 
 def with_init(cfg, source):

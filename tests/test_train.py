@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import config, data, presets, sharding, train
+from bitnet_jax import config, data, loss, optim, presets, sharding, train
 from bitnet_jax import program as programs
 
 STEPS, EVERY = 40, 5  # of a chunk
@@ -97,14 +97,18 @@ def build(tmp_path_factory, cache_folder):
         run=replace(cfg.run, steps=STEPS),
     )
 
-    def build(recipes=("report", "b158"), seeds=(0, 1), devices=8, **changes):
+    def build(
+        recipes=("report", "b158"), seeds=(0, 1), devices=8, *, hyper=None, model=None, **changes
+    ):
         arm = replace(cfg, data=replace(cfg.data, **changes), run=replace(cfg.run, recipes=recipes))
+        arm = replace(arm, model=replace(arm.model, **(model or {})))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("BITNET_JAX_CACHE", str(cache_folder))
             some = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
             patch.setattr(sharding, "make_mesh", some)
             patch.setattr(sharding, "MIN_SHARDED", 2**10)  # so that leaves of a tiny model split
-            setup = Setup(programs.build(arm, presets.make_replicates(arm, list(seeds), {})))
+            replicates = presets.make_replicates(arm, list(seeds), hyper or {})
+            setup = Setup(programs.build(arm, replicates))
         return setup
 
     return build
@@ -380,3 +384,127 @@ def test_windows_of_a_batch_are_the_ones_trained_on(four):
     ids_KB = p.batches(0, 3)[0]
     on_device = data.gather(p.train_N, ids_KB, p.cfg.data.seq_len)
     assert_same(on_device, data.gather(p.tokens.train_N, np.asarray(ids_KB), p.cfg.data.seq_len))
+
+
+def first_step(setup):
+    """State and numbers after one update, without quantisation, by the program's own chunk."""
+    p = replace(setup.program, hyper=hyper_of(setup.program, **SMOOTH))
+    with jax.set_mesh(p.mesh):
+        state, *numbers = p.train_chunk(setup.init(), p.batches(0, 1))
+        return state, jax.device_get(numbers[0] | numbers[1])
+
+
+@pytest.fixture(scope="module")
+def smoothed(build):
+    """One replicate with label smoothing, and its first update."""
+    setup = build(("b158",), (0,), devices=1, hyper={"label_smoothing": 0.5})
+    return setup, *first_step(setup)
+
+
+def test_unused_regularisers_are_not_compiled(alone, smoothed):
+    """The program is that without any; one that a replicate uses is another program."""
+    plain = alone.program
+    with jax.set_mesh(plain.mesh):
+        hyper = hyper_of(plain, **SMOOTH)
+        arguments = (alone.init(), hyper, plain.evals, plain.train_N, plain.batches(0, 1))
+        bare = train.make_train_chunk(plain.cfg, plain.tokens.tokenizer.end_of_text)
+        bare = jax.jit(bare, donate_argnums=0, out_shardings=(plain.state_sharding, *[
+            sharding.replicated(plain.mesh)] * 2))  # fmt: skip
+        text = plain.jitted_chunk.lower(*arguments).as_text()
+        assert text == bare.lower(*arguments).as_text()
+        assert text != smoothed[0].program.jitted_chunk.lower(*arguments).as_text()
+        state, *_ = bare(*arguments)
+    assert_same(state, first_step(alone)[0])
+
+
+def test_a_companions_regulariser_does_not_move_a_replicate(build, alone, smoothed):
+    """Two in one program, one with a weight of 0: it trains as it would alone."""
+    pair = build(("b158",), (0, 1), devices=1)
+    first, second = pair.program.replicates
+    second = replace(second, seed=0, hyper=second.hyper.replace(label_smoothing=0.5))
+    program = replace(pair.program, replicates=[first, second])
+    hyper = jax.device_put(
+        config.stack_hypers(program.replicates), sharding.by_replicate(program.mesh)
+    )
+    state, _ = first_step(Setup(replace(program, hyper=hyper)))
+    single, other = first_step(alone)[0], smoothed[1]
+    for i, want in enumerate((single, other)):
+        assert_close(take(state.opt_state["adam"].mu, [i]), want.opt_state["adam"].mu, 1e-5)
+    with pytest.raises(AssertionError):  # and the two are told apart
+        assert_close(other.opt_state["adam"].mu, single.opt_state["adam"].mu, 1e-3)
+
+
+def test_the_loss_that_is_logged_is_the_cross_entropy_alone(alone, smoothed):
+    """Label smoothing moves the update, not the number."""
+    setup, state, numbers = smoothed
+    plain, plain_numbers = first_step(alone)
+    assert setup.program.replicates[0].hyper.label_smoothing == 0.5
+    np.testing.assert_allclose(numbers["train/loss"], plain_numbers["train/loss"], rtol=1e-6)
+    assert not np.array_equal(numbers["train/grad_norm"], plain_numbers["train/grad_norm"])
+    head, plain_head = (s.params["embed"]["embedding"] for s in (state, plain))
+    assert np.abs(np.asarray(head) - np.asarray(plain_head)).max() > 1e-6
+
+
+def test_every_regulariser_reaches_the_gradient():
+    """Of a step on windows: finite, and other than the cross-entropy's, which stays the loss."""
+    cfg = layout("b158")
+    state = train.init_state(cfg, config.Hyper(), 0)
+    step = functools.partial(
+        train.train_step,
+        cfg,
+        windows_BL=jax.random.randint(jax.random.key(0), (2, 9), 1, 300),
+        end_of_text=0,
+        regularisers=tuple(loss.REGULARISERS),
+        unigram_V=jnp.arange(1.0, 301) / 45150,
+    )
+    step = jax.jit(step)
+    plain, numbers = step(state, hyper=config.Hyper())
+    mu = plain.opt_state["adam"].mu["embed"]["embedding"]
+    for name in loss.REGULARISERS:
+        after, same = step(state, hyper=config.Hyper(**{name: 1.0}))
+        assert after.failed == 0 and same["loss"] == numbers["loss"], name
+        other_mu = after.opt_state["adam"].mu["embed"]["embedding"]
+        assert jnp.linalg.norm(mu - other_mu) > 1e-3 * jnp.linalg.norm(mu), name
+
+
+def test_an_output_bias_starts_at_the_unigram(build):
+    """At step 0 the loss is about the unigram's, and every bias is its log probability."""
+    setup = build(("report",), (0,), devices=1, model={"output_bias": True})
+    p = setup.program
+    state = setup.init()
+    log_unigram_V = np.log(np.asarray(p.evals.unigram_V))
+    np.testing.assert_allclose(state.params["output_bias"][0], log_unigram_V, rtol=1e-6)
+    with jax.set_mesh(p.mesh):
+        numbers = jax.device_get(p.evaluate(state))
+    unigram, uniform = (p.references[name]["loss"] for name in ("unigram", "uniform"))
+    assert uniform - unigram > 0.5
+    assert numbers["eval/loss"][0] == pytest.approx(unigram, abs=0.02)
+    assert numbers["collapse/mutual_information"][0] < 0.02
+    assert numbers["collapse/unigram_kl"][0] < 0.02
+    group = optim.param_groups(state.params)["output_bias"]
+    assert group == "bias" and group not in optim.DECAYED_IN_PART
+
+
+@pytest.mark.parametrize(
+    ("warmup", "step", "share"),
+    [(0, 0, 1), (0, 7, 1), (8, 0, 0), (8, 2, 0.25), (8, 8, 1), (8, 9, 1)],
+)
+def test_quantisation_warm_up_is_a_line_from_nothing(warmup, step, share):
+    """Both strengths after `step` updates, so the first update is not quantised at all."""
+    hyper = config.Hyper(quant_warmup_steps=float(warmup), weight_quant=0.5, act_quant=1.0)
+    now = train.at_step(hyper, jnp.array(step))
+    assert float(now.weight_quant) == 0.5 * share and float(now.act_quant) == share
+    assert now.replace(weight_quant=0.5, act_quant=1.0) == hyper
+
+
+def test_a_step_in_quantisation_warm_up_has_the_strength_of_its_step():
+    """Update 3 of a warm-up of 4 is the step of a run with both strengths at 1/2."""
+    cfg = layout("b158")
+    windows_BL = jax.random.randint(jax.random.key(0), (2, 9), 1, 300)
+    state = train.init_state(cfg, config.Hyper(), 0).replace(step=jnp.array(2))
+    step = jax.jit(functools.partial(train.train_step, cfg, windows_BL=windows_BL, end_of_text=0))
+    after, _ = step(state, hyper=config.Hyper(quant_warmup_steps=4.0))
+    assert_same(after, step(state, hyper=config.Hyper(weight_quant=0.5, act_quant=0.5))[0])
+    full, _ = step(state, hyper=config.Hyper())
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after.opt_state, full.opt_state)
+    assert max(jax.tree.leaves(moved["adam"].mu)) > 1e-4
