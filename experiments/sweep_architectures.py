@@ -21,7 +21,7 @@ decoupled one, where the same scale makes the loss worse.
 
 import math
 
-from bitnet_jax import charts
+from bitnet_jax import charts, collapse
 from bitnet_jax.config import Config
 from experiments import common, compare, page, stats, sweep
 
@@ -29,7 +29,7 @@ NAME = "sweep_architectures"
 QUICK = (*common.SMALL, "run.steps=250", "run.save_every=250")
 KINDS = {"coupled": "report", "decoupled": "report_decoupled"}
 LOSS, MI = "eval/loss", "collapse/mutual_information"
-CONTEXT = 0.05  # nats of mutual information; less is context-blind (bitnet_jax.collapse)
+CONTEXT = collapse.BLIND
 BASE, FULL_PRECISION = "base", "full precision"
 
 
