@@ -1,5 +1,6 @@
 """Tables of arms: means over seeds, and paired differences from a control arm."""
 
+from bitnet_jax import charts, collapse
 from experiments import stats
 from experiments.page import Table
 
@@ -84,3 +85,33 @@ def difference_table(rows: list[dict], pairs: list[tuple[str, str]], title: str)
         "interval includes zero, no effect seen."
     )
     return Table(title, ["difference", *(m[1] for m in keys)], lines, note)
+
+
+def dot_plots(rows: list[dict], kinds, changes) -> list[tuple[str, str]]:
+    """Held-out loss and mutual information of the arms `KIND CHANGE`, a line per change."""
+
+    def point(arm, key):
+        found = stats.interval(values(rows, arm, key).values())
+        return found.mean, found.low, found.high
+
+    def points(key):
+        return [(c, {kind: point(f"{kind} {c}", key) for kind in kinds}) for c in changes]
+
+    reference = rows[0]["references"]
+    loss = charts.dot_plot(
+        points("eval/loss"),
+        title="Held-out loss",
+        xlabel="nats per token",
+        references=[(name, reference[name]["loss"]) for name in ("bigram", "unigram", "uniform")],
+    )
+    context = charts.dot_plot(
+        points("collapse/mutual_information"),
+        title="Dependence on the context",
+        xlabel="mutual information, nats",
+        references=[("context-blind", collapse.BLIND)],
+    )
+    caption = "Mean and 95 % interval over seeds. Left of the unigram, a model uses more than word "
+    return [
+        (caption + "frequencies, or a scale or bias that hides that it does not.", loss),
+        ("Left of the mark, predictions hardly depend on what was read.", context),
+    ]

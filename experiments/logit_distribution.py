@@ -96,7 +96,13 @@ def analyse(rows: list[dict]) -> page.Study:
     return page.Study(
         arms="decay coupled and decoupled; every kept checkpoint",
         n=compare.n_seeds(rows),
-        result="; ".join(_numbers(rows, name) for name in names),
+        result="; ".join(
+            [
+                *(_numbers(rows, name) for name in names),
+                _on_modes(rows),
+                f"coupled, {_on_context(rows, COUPLED)}; decoupled, {_on_context(rows, DECOUPLED)}",
+            ]
+        ),
         conclusion=_conclusion(rows),
         tables=[_last_table(rows, names), _softmax_table(rows, names), _step_table(rows, names)],
         figures=figures(rows, names),
@@ -136,8 +142,6 @@ def _conclusion(rows) -> str:
         f"of {reference['tracked_positions']} (text {reference['targets']['distinct']}, bigram "
         f"{reference['bigram']['distinct']}, unigram 1)",
         _on_spread(rows, top),
-        _on_modes(rows),
-        f"{_on_context(rows, COUPLED)}; decoupled, {_on_context(rows, DECOUPLED)}",
         f"softmax in float32 differs from float64 by {worst:.0e} at most: numerics "
         f"{'do not explain' if worst < NUMERICS else 'may explain part of'} it",
     ]

@@ -21,7 +21,7 @@ decoupled one, where the same scale makes the loss worse.
 
 import math
 
-from bitnet_jax import charts, collapse
+from bitnet_jax import collapse
 from bitnet_jax.config import Config
 from experiments import common, compare, page, stats, sweep
 
@@ -97,7 +97,7 @@ def analyse(rows: list[dict]) -> page.Study:
         result=result,
         conclusion="; ".join(_told(found, decoupling[BASE], effects[best], left, best, helped, n)),
         tables=[_changes_table(rows, names, found, decoupling), compare.arm_table(rows)],
-        figures=figures(rows, names),
+        figures=compare.dot_plots(rows, KINDS, names),
     )
 
 
@@ -168,33 +168,6 @@ def _changes_table(rows, names, found, decoupling) -> page.Table:
         f"than {CONTEXT} nats of mutual information; masked: below the unigram without them."
     )
     return page.Table("Each change, and decoupling", columns, lines, note)
-
-
-def figures(rows: list[dict], names: list[str]) -> list[tuple[str, str]]:
-    """Held-out loss and mutual information by architecture and recipe."""
-
-    def points(key):
-        return [(c, {kind: _point(rows, f"{kind} {c}", key) for kind in KINDS}) for c in names]
-
-    reference = rows[0]["references"]
-    lines = [(name, reference[name]["loss"]) for name in ("bigram", "unigram", "uniform")]
-    loss = charts.dot_plot(
-        points(LOSS), title="Held-out loss", xlabel="nats per token", references=lines
-    )
-    context = charts.dot_plot(
-        points(MI), title="Dependence on the context", xlabel="mutual information, nats",
-        references=[("context-blind", CONTEXT)],
-    )  # fmt: skip
-    caption = "Mean and 95 % interval over seeds. Left of the unigram, a model uses more than word "
-    return [
-        (caption + "frequencies, or a scale that hides that it does not.", loss),
-        ("Left of the mark, predictions hardly depend on what was read.", context),
-    ]
-
-
-def _point(rows, arm, key):
-    i = stats.interval(compare.values(rows, arm, key).values())
-    return i.mean, i.low, i.high
 
 
 def body(request: common.Request) -> None:

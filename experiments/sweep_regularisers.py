@@ -31,7 +31,7 @@ import math
 import numpy as np
 import scipy.stats
 
-from bitnet_jax import charts, collapse
+from bitnet_jax import collapse
 from experiments import common, compare, page, stats, sweep
 from experiments.stats import Interval
 
@@ -181,7 +181,7 @@ def analyse(rows: list[dict]) -> page.Study:
             compare.arm_table(rows),
             compare.difference_table(rows, pairs(), "Against the same recipe without"),
         ],
-        figures=[(caption, charts.panels_svg(drawn)) for caption, drawn in panels(rows)],
+        figures=compare.dot_plots(rows, KINDS, ("none", *REPORTS, *OTHERS, BIAS)),
     )
 
 
@@ -240,28 +240,6 @@ def _judgement_table(found, adjusted, n):
         f"not adjusted; p by paired t tests of the loss, adjusted over all {len(found)}."
     )
     return page.Table("What each regulariser does", columns, lines, note.lstrip(". "))
-
-
-def panels(rows: list[dict]) -> list[tuple[str, list[charts.Panel]]]:
-    """Held-out loss of both recipes: the report's options, then the others."""
-    reference = rows[0]["references"]
-    lines = tuple((name, reference[name]["loss"]) for name in ("uniform", "unigram", "bigram"))
-    out = []
-    for family, names in (("the report's options", REPORTS), ("other methods", (*OTHERS, BIAS))):
-        drawn = []
-        for kind in KINDS:
-            arms = [f"{kind} {name}" for name in ("none", *names)]
-            series = [
-                charts.Series(_name(r["arm"]), r["curve"]["step"], r["curve"][LOSS])
-                for r in rows
-                if r["arm"] in arms
-            ]
-            title = f"Held-out loss, {kind} decay"
-            drawn.append(
-                charts.Panel(series, title, "nats per token", rows[0]["steps"] // 2, lines)
-            )
-        out.append((f"One line per seed: {family}, with decoupled and with coupled decay.", drawn))
-    return out
 
 
 def body(request: common.Request) -> None:

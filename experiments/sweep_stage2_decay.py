@@ -64,7 +64,10 @@ def analyse(rows: list[dict]) -> page.Study:
             compare.arm_table(rows),
             compare.difference_table(rows, pairs, "Against the report's stage-2 decay of 0.05"),
         ],
-        figures=[(caption, charts.panels_svg([panel])) for caption, panel in panels(rows)],
+        figures=[
+            *compare.dot_plots(rows, KINDS, [f"{d:g}" for d in DECAYS]),
+            *((caption, charts.panels_svg([panel])) for caption, panel in panels(rows)),
+        ],
     )
 
 
