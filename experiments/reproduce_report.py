@@ -1,0 +1,188 @@
+"""Does the report's recipe, to the letter, give the report's numbers?
+
+Its model, data order, optimiser and tracking (every 5 steps, on the first training batch) at 1000,
+10000 and 20000 steps, n seeds. Shown: its Section 5 tables and milestones with ours beside them,
+and the ledger of its numeric claims, each recomputed. A claim is "reproduced" when the reported
+number lies within the 95 % prediction interval for one more run of ours.
+
+`--preset quick` is a smaller model at 200, 1000 and 2000 steps: the pattern can agree with the
+report, its numbers cannot.
+
+    python -m experiments.reproduce_report --preset quick
+    python -m experiments.reproduce_report --preset report --seeds 0-4 --set data.tokenizer=gpt2 \
+        --set data.corpus=text:books.train.txt.xz --set data.validation=text:books.validation.txt.xz
+"""
+
+from pathlib import Path
+
+from bitnet_jax import charts, log
+from bitnet_jax.config import Config
+from experiments import common, compare, ledger, page, stats, sweep, trajectory
+from experiments.coupled_decay import count_large
+
+NAME = "reproduce_report"
+QUICK = (
+    *common.SMALL,
+    "data.track=first_batch",
+    "data.order=sequential",
+    "data.score_last=false",
+    "run.steps=200",
+    "run.eval_every=5",
+)
+TIMES = (1, 10, 20)  # lengths, in multiples of run.steps: 1000, 10000 and 20000 at full size
+QUICK_TIMES = (1, 5, 10)
+PARTIAL = 452  # evaluations in the report's logs of its two longer runs
+
+
+def arms(request: common.Request) -> list[sweep.Arm]:
+    """The report's recipe at three lengths."""
+    base = request.cfg.run.steps
+    times = QUICK_TIMES if request.preset == "quick" else TIMES
+    return [
+        sweep.Arm(f"{k * base} steps", "report", run={"steps": k * base, "save_every": base})
+        for k in times
+    ]
+
+
+def numbers(workdir: Path, cfg: Config, index: int) -> dict:
+    """What the report tells of a run, for one replicate."""
+    path, run = trajectory.read(workdir, index), cfg.run
+    rows = [r for r in log.read_rows(workdir / "metrics.jsonl") if r["replicate"] == index]
+    losses = [r["train/loss"] for r in rows if r["kind"] == "train"]
+    first = next(r for r in rows if r["kind"] == "eval" and r["step"] == 0)
+    late = [r for r in rows if r["kind"] == "eval" and r["step"] > run.steps * 0.3]
+    episodes = trajectory.episodes(path)
+    cut = slice(0, min(PARTIAL, len(path.steps)))
+    severe = trajectory.severe_rate(path, run)
+    steps = run.steps
+    shares = (0.005, 0.05, 0.1, 0.13, 0.14, 0.5, 0.6, 0.7, 1.0)  # the report's milestones of 1000
+    at = [max(5, round(share * steps / 5) * 5) for share in shares]
+    found = {
+        "evaluations": len(path.steps),
+        "unique_min": int(path.unique.min()),
+        "unique_max": int(path.unique.max()),
+        "unique_mean": float(path.unique.mean()),
+        "unique_stage1": trajectory.stage_average(path, run, 1),
+        "unique_stage2": trajectory.stage_average(path, run, 2),
+        "unique_final": int(path.unique[-1]),
+        "severe_share": severe.count / severe.n,
+        "first_severe": trajectory.first_severe(path),
+        "first_complete": trajectory.first_complete(path),
+        "recoveries": sum(e.recovery is not None for e in episodes),
+        "count_recoveries": sum(e.count_only is not None for e in episodes),
+        "milestones": trajectory.milestones(path, sorted(set(at))),
+        "loss_min": min(losses),
+        "loss_max": max(losses),
+        "loss_mean": sum(losses) / len(losses),
+        "loss_final": losses[-1],
+        "partial_unique_mean": float(path.unique[cut].mean()),
+        "partial_severe_share": float((path.unique[cut] < trajectory.SEVERE).mean()),
+        "partial_loss_mean": sum(losses[cut]) / len(losses[cut]),
+        "start_loss": first["track/loss"],
+        "start_entropy": first["track/entropy"],
+        "start_logit_std": first["collapse/logit_std"],
+        "late_entropy": sum(r["track/entropy"] for r in late) / len(late),
+        "late_logit_std": sum(r["collapse/logit_std"] for r in late) / len(late),
+    }
+    rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in found.items()}
+    return {"numbers": rounded} | count_large(workdir, cfg, index)
+
+
+def analyse(rows: list[dict]) -> page.Study:
+    """Section 5 beside ours, the milestones, and the ledger."""
+    runs = list(compare.by_arm(rows).values())
+    n = compare.n_seeds(rows)
+    entries = ledger.recompute(runs)
+    statuses = [entry.status.partition(":")[0] for entry in entries]
+    counts = {s: statuses.count(s) for s in dict.fromkeys(statuses)}
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    unigram = rows[0]["references"]["unigram"]["loss"]
+    final = [stats.interval(r["final"]["eval/loss"] for r in run) for run in runs]
+    collapsed = sum(r["final"]["eval/loss"] > unigram for r in rows)
+    lengths = ", ".join(f"{run[0]['steps']}" for run in runs)
+    result = (
+        f"held-out loss after {lengths} steps: {', '.join(f.text() for f in final)} (unigram "
+        f"{unigram:.2f}); ledger: {told}"
+    )
+    conclusion = (
+        f"{collapsed} of {len(rows)} runs of the report's recipe end above the unigram's loss "
+        f"(n={n} seeds, {lengths} steps); of the report's {len(entries)} claims: {told}"
+    )
+    return page.Study(
+        arms=f"the report's recipe for {lengths} steps",
+        n=n,
+        result=result,
+        conclusion=conclusion,
+        tables=[section5(runs), milestones(runs), ledger.table(entries), compare.arm_table(rows)],
+        figures=[(
+            "Distinct predictions, loss and entropy against the share of the run that is done.",
+            charts.panels_svg([panel]),
+        ) for panel in panels(runs)],
+    )  # fmt: skip
+
+
+def section5(runs: list[list[dict]]) -> page.Table:
+    """The report's Section 5, with ours beside it."""
+    lines = []
+    for key, label, spec, reported in ledger.SECTION5:
+        cells = []
+        for run, value in zip(runs, reported, strict=True):
+            ours = stats.interval(r["numbers"][key] for r in run)
+            cells += [value, ours.text(spec)]
+        lines.append([label, *cells])
+    columns = [""]
+    for name, run in zip(("1000", "10000", "20000"), runs, strict=True):
+        columns += [f"report, {name}", f"ours, {run[0]['steps']}"]
+    note = (
+        "Ours: mean [95 % t interval] over seeds of the whole log. The report's logs of its longer "
+        "runs hold 452 evaluations, which at its 5 steps each end at step 2260; rows named first "
+        "452 average ours over as many."
+    )
+    return page.Table("The report's Section 5", columns, lines, note)
+
+
+def milestones(runs: list[list[dict]]) -> page.Table:
+    """Distinct predictions along the shortest run, at the report's steps or their share of it."""
+    run = runs[0]
+    steps = sorted(map(int, run[0]["numbers"]["milestones"]))
+    cells = [
+        stats.interval(r["numbers"]["milestones"][str(step)] for r in run).text(".0f")
+        for step in steps
+    ]
+    columns = ["", *(f"step {step}" for step in steps)]
+    reported = ["95", "70", "6", "2", "1", "5", "1", "5", "8"]
+    lines = [["ours", *cells]]
+    if len(steps) == len(reported):
+        lines.insert(0, ["report (1000 steps)", *reported])
+    return page.Table("Milestones of the shortest run", columns, lines)
+
+
+def panels(runs: list[list[dict]]) -> list[charts.Panel]:
+    """Curves of every seed; the lengths share an axis of percent."""
+    reference = runs[0][0]["references"]
+    out = []
+    for key, title, ylabel, lines in (
+        ("collapse/unique_tokens", "Distinct predictions", "tokens",
+         [("text", reference["targets"]["distinct"])]),
+        ("eval/loss", "Held-out loss", "nats per token",
+         [(k, reference[k]["loss"]) for k in ("uniform", "unigram")]),
+        ("collapse/entropy", "Entropy", "nats", [("uniform", reference["uniform"]["entropy"])]),
+    ):  # fmt: skip
+        series = [
+            charts.Series(
+                r["arm"], [100 * s / r["steps"] for s in r["curve"]["step"]], r["curve"][key]
+            )
+            for run in runs
+            for r in run
+        ]
+        out.append(charts.Panel(series, title, f"{ylabel} against % of run", 50, tuple(lines)))
+    return out
+
+
+def body(request: common.Request) -> None:
+    rows = sweep.train_arms(NAME, request, arms(request), extra=numbers)
+    common.conclude(NAME, __doc__, request.workdir, rows, analyse)
+
+
+if __name__ == "__main__":
+    common.main(__doc__, NAME, "quick", body, seeds="0-2", quick=QUICK, sweep=True)
