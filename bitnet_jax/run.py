@@ -144,10 +144,7 @@ def _train(program: Program, settings: dict, workdir: Path) -> dict:
                 pending = None
                 checkpoint.save(manager, end, state, settings)
             if stopped and end < cfg.run.steps:
-                raise Interrupted(
-                    f"stopped at step {end} and saved; go on with --resume --workdir {workdir}",
-                    stopped[0],
-                )
+                raise Interrupted(f"stopped at step {end} and saved", stopped[0])
     summary = {
         "step": cfg.run.steps,
         "finished": True,

@@ -64,11 +64,18 @@ def main(
 
     `quick` holds assignments that the experiment adds to the preset of that name.
     """
-    guard(
-        lambda: body(
-            parse(doc, name, default_preset, sys.argv[1:], seeds=seeds, quick=quick, sweep=sweep)
+
+    def command():
+        request = parse(
+            doc, name, default_preset, sys.argv[1:], seeds=seeds, quick=quick, sweep=sweep
         )
-    )
+        resume = "the same command" if sweep else f"--resume --workdir {request.workdir}"
+        try:
+            body(request)
+        except Interrupted as error:
+            raise Interrupted(f"{error}; go on with {resume}", error.signum) from None
+
+    guard(command)
 
 
 def guard(command: Callable[[], None]) -> None:
