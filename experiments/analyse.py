@@ -146,7 +146,7 @@ def course(workdir: Path, index: int, milestones: list[int]) -> dict:
     return {
         "steps": run.steps,
         "boundary": run.boundary,
-        "evaluations": len(path.steps),
+        "evaluations": len(set(path.steps.tolist()) & set(trajectory.planned(run))),
         "planned_evaluations": len(trajectory.planned(run)),
         "first": first,
         "episodes": [dataclasses.asdict(e) for e in trajectory.episodes(path)],
