@@ -238,7 +238,8 @@ def hyper_table(replicates: list[dict]) -> dict:
 
 def _charts(config, rows):
     """SVG by entry of CHARTS; a chart without a single number is left out."""
-    keys = sorted({key for row in rows for key in row}, key=lambda key: ("embed" not in key, key))
+    # Of the parameter groups, the matrix that makes the logits: the head, or the tied embedding.
+    keys = sorted({key for row in rows for key in row}, key=lambda k: ("head" not in k, k))
     drawn = {}
     for entry, title, ylabel, references, log_y in CHARTS:
         if entry == PHASE:
