@@ -1,7 +1,7 @@
 """Rebuild every table, figure and page of the experiments from their committed rows.
 
-Writes a page per experiment and an index of them to runs/report/, and the table of
-experiments/README.md. An experiment without rows is an error.
+Writes a page per experiment and an index of them to runs/report/, and the generated parts of
+README.md and experiments/README.md. An experiment without rows is an error.
 
     make report
 """
@@ -29,7 +29,8 @@ NAMES = (
     "degeneration",
     "faults",
 )
-README = Path(__file__).parent / "README.md"
+INDEX = Path(__file__).parent / "README.md"
+README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- rows: begin -->", "<!-- rows: end -->"
 
 
@@ -82,25 +83,36 @@ def markdown(found: list[Entry]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def answers(found: list[Entry]) -> str:
+    """The generated part of README.md: a question and its answer per experiment and study."""
+    lines = ["| question | answer |", "|---|---|"]
+    for e in found:
+        where = e.label.partition(",")[0]
+        cells = (f"[{e.question}](experiments/{e.name}.py) ({where})", e.study.answer)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def replace_table(text: str, table: str) -> str:
     """`text` with what stands between the two markers replaced; raises UserError without them."""
     before, found, rest = text.partition(BEGIN)
     _, closed, after = rest.partition(END)
     if not (found and closed):
-        raise UserError(f"{README}: needs the lines {BEGIN} and {END}")
+        raise UserError(f"README.md: needs the lines {BEGIN} and {END}")
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def main() -> None:
     folder = Path("runs") / "report"
     found = [entry for name in NAMES for entry in entries(name, folder)]
-    README.write_text(replace_table(README.read_text(), markdown(found)))
+    for path, part in ((INDEX, markdown(found)), (README, answers(found))):
+        path.write_text(replace_table(path.read_text(), part))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
     index = folder / "index.html"
     index.write_text(environment.get_template("index.html.jinja").render(entries=found))
-    print(f"{len(found)} studies of {len(NAMES)} experiments: {index} and {README}")
+    print(f"{len(found)} studies of {len(NAMES)} experiments in {index} and both README.md")
 
 
 if __name__ == "__main__":
