@@ -203,6 +203,7 @@ def analyse(rows: list[dict]) -> page.Study:
     rows = [row for row in rows if row["base"] == short]
     checked = [row["stopped_early"]["identical"] for row in rows if "stopped_early" in row]
     told, concluded = [], []
+    unigram = rows[0]["references"]["unigram"]["loss"]
     for kind in KINDS:
         ends = {
             t: compare.difference(rows, f"{kind} {mid}", f"{kind} {t}", LOSS) for t in (short, long)
@@ -217,14 +218,18 @@ def analyse(rows: list[dict]) -> page.Study:
             f"{long}, stage-1 average {stats.effect_text(counts[0], '+.1f')}, cut log "
             f"{stats.effect_text(counts[1], '+.1f')}"
         )
+        told.append(f"{kind}, {_along(rows, kind)}")
+        mine = [r["final"][LOSS] for r in rows if r["arm"].startswith(f"{kind} ")]
+        above = sum(loss > unigram for loss in mine)
         concluded.append(
-            f"{kind}: {sweet_spot(ends[short], ends[long], mid)}; {_along(rows, kind)}"
+            f"{kind}: {sweet_spot(ends[short], ends[long], mid)}, {above} of {len(mine)} runs end "
+            "above the unigram's"
         )
     told.append(
         f"the longest run trained again to step {short} has the same log in {sum(checked)} of "
         f"{len(checked)} runs"
     )
-    concluded.append(_diversity(rows, short, long))
+    told.append(_diversity(rows, short, long))
     names = [(f"{k} {a}", f"{k} {b}") for k in KINDS for a, b in ((mid, short), (mid, long))]
     return page.Study(
         arms=f"{short}, {mid} and {long} steps, coupled and decoupled; schedule tied to the length "

@@ -155,7 +155,7 @@ def test_distinct_tokens_make_no_sweet_spot():
     study = training_length.analyse(made_rows(unique=(9, 29, 26)))
     assert "no sweet spot at 400 steps" in study.conclusion
     assert "stage-1 average +3.0 [+3.0, +3.0] (n=3)" in study.result
-    assert "of 800 against 40 steps: stage-1 average +17.0 [+17.0, +17.0]" in study.conclusion
+    assert "of 800 against 40 steps: stage-1 average +17.0 [+17.0, +17.0]" in study.result
 
 
 def test_one_seed_shows_no_effect():
@@ -218,9 +218,9 @@ def test_runs_that_follow_the_summed_rate_agree_there_and_not_at_equal_steps():
     )
     assert rows[3]["arm"] == "coupled 400"
     assert rate.mean == pytest.approx(0, abs=1e-6) and step.mean > 0.01
-    conclusion = training_length.analyse(rows).conclusion
-    assert f"both at step 400 {stats.effect_text(step)}" in conclusion
-    assert f"both at the same summed learning rate {stats.effect_text(rate)}" in conclusion
+    result = training_length.analyse(rows).result
+    assert f"both at step 400 {stats.effect_text(step)}" in result
+    assert f"both at the same summed learning rate {stats.effect_text(rate)}" in result
 
 
 def test_the_report_s_statistics_stand_beside_loss_and_mutual_information():
