@@ -12,7 +12,9 @@ def test_every_measurement_becomes_a_row_without_paths(tiny, tmp_path, monkeypat
     monkeypatch.setattr(bench_train, "QUICK_ROUNDS", 1)
     monkeypatch.setattr(bench_train, "why_no_peer", lambda: "not here")
     replicates = presets.make_replicates(tiny, [3], {})
-    bench_train.body(common.Request("tiny", tiny, replicates, tmp_path / "work", False))
+    bench_train.body(
+        common.Request("tiny", tiny, [3], {}, replicates, tmp_path / "work", False, None)
+    )
     text = bench_train.RESULTS.read_text()
     rows = {row["benchmark"]: row for row in map(json.loads, text.splitlines())}
     assert set(rows) == set(bench_train.LABELS) - {"torch"}
@@ -28,6 +30,8 @@ def test_a_chunk_that_takes_too_long_is_not_measured(monkeypatch, capsys, tiny, 
     monkeypatch.setattr(bench_train, "RESULTS", tmp_path / "rows.jsonl")
     monkeypatch.setattr(bench_train, "LIMIT_S", 0)
     replicates = presets.make_replicates(tiny, [0], {})
-    bench_train.body(common.Request("tiny", tiny, replicates, tmp_path / "work", False))
+    bench_train.body(
+        common.Request("tiny", tiny, [3], {}, replicates, tmp_path / "work", False, None)
+    )
     assert "not measured: a chunk of 20 steps takes more than" in capsys.readouterr().out
     assert not bench_train.RESULTS.exists()

@@ -16,13 +16,13 @@ def command(tiny, tmp_path, monkeypatch, capsys):
     """Call `python -m experiments.train` in this process; returns status and both outputs."""
     monkeypatch.setenv("XLA_FLAGS", common.DETERMINISTIC)  # main() would leave it behind
 
-    def command(*arguments, body=train.body):
+    def command(*arguments, body=train.body, sweep=False):
         default = ["--set", f"data.corpus={tiny.data.corpus}", "--workdir", str(tmp_path / "run")]
         monkeypatch.setattr(sys, "argv", ["train", "--preset", "tiny", *default, *arguments])
         capsys.readouterr()
         status = 0
         try:
-            common.main(train.__doc__, "train", "quick", body)
+            common.main(train.__doc__, "train", "quick", body, sweep=sweep)
         except SystemExit as stop:
             status = stop.code
         except KeyboardInterrupt as stop:  # pytest would stop, too
@@ -151,8 +151,8 @@ def test_workdir_in_use(command, tmp_path):
     [
         (UserError("no"), 2, "error: no"),
         (TrainingFailed("step 3"), 1, "failed: step 3"),
-        (Interrupted("stopped", 15), 143, "stopped"),
-        (Interrupted("stopped", 2), 130, "stopped"),
+        (Interrupted("stopped", 15), 143, "stopped; go on with the same command"),
+        (Interrupted("stopped", 2), 130, "stopped; go on with the same command"),
         (KeyboardInterrupt(), 130, "stopped before training began"),
     ],
 )
@@ -160,7 +160,7 @@ def test_exit_statuses(command, error, status, line):
     def body(request):
         raise error
 
-    assert command(body=body) == (status, "", line + "\n")
+    assert command(body=body, sweep=True) == (status, "", line + "\n")
 
 
 def test_unknown_option(command):
