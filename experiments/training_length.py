@@ -246,7 +246,11 @@ def analyse(rows: list[dict]) -> page.Study:
             sum_lr_table(rows),
             *(checkpoint_table(rows, kind) for kind in KINDS),
         ],
-        figures=[(caption, charts.panels_svg(drawn)) for caption, drawn in panels(rows)],
+        figures=[
+            (caption, charts.panels_svg([panel]))
+            for caption, drawn in panels(rows)
+            for panel in drawn
+        ],
     )
 
 
