@@ -22,7 +22,7 @@ train: setup
 	$(RUN) -m experiments.train --resume
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 # Every table, figure and page of the experiments, from their rows.
 report: setup

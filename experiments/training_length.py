@@ -425,10 +425,10 @@ def panels(rows: list[dict]) -> list[tuple[str, list[charts.Panel]]]:
         drawn = [
             panel(LOSS, f"Held-out loss, {kind}", "nats per token", lines),
             panel(UNIQUE, f"Distinct predictions, {kind}", "tokens", marks),
-            panel(LOSS, f"Loss at equal summed rate, {kind}", "nats per token", lines, True),
+            panel(LOSS, f"Loss by summed rate, {kind}", "nats per token", lines, True),
         ]
         caption = (
-            "One line per seed. In the last panel a step counts as its learning rate's share of "
+            "One line per seed. By summed rate, a step counts as its learning rate's share of "
             "the peak rate."
         )
         out.append((caption, drawn))
