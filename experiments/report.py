@@ -87,7 +87,7 @@ def answers(found: list[Entry]) -> str:
     """The generated part of README.md: a question and its answer per experiment and study."""
     lines = ["| question | answer |", "|---|---|"]
     for e in found:
-        where = e.label.partition(",")[0]
+        where = f"{e.label.partition(',')[0]}, {e.label.rpartition(', ')[2]}"
         cells = (f"[{e.question}](experiments/{e.name}.py) ({where})", e.study.answer)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -85,7 +85,7 @@ def numbers(workdir: Path, cfg: Config, index: int) -> dict:
         "late_logit_std": sum(r["collapse/logit_std"] for r in late) / len(late),
     }
     rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in found.items()}
-    return {"numbers": rounded} | count_large(workdir, cfg, index)
+    return {"base": run.save_every, "numbers": rounded} | count_large(workdir, cfg, index)
 
 
 def analyse(rows: list[dict]) -> page.Study:

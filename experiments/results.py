@@ -56,13 +56,17 @@ def append(name: str, rows: list[dict]) -> None:
 
 
 def by_study(rows: list[dict]) -> dict[str, list[dict]]:
-    """Group rows by what must be equal for a comparison: preset, corpus, size and length."""
+    """Group rows by what must be equal for a comparison: preset, corpus, size and length.
+
+    Rows of a study of lengths share a `base`, its shortest length, instead of their steps.
+    """
     studies: dict[str, list[dict]] = {}
     for row in rows:
         batch, vocab = row["batch"], row["vocab_size"]
         label = (
             f"{row['preset']}: {row['corpus']}, {vocab:,} tokens in the vocabulary, "
-            f"batches of {batch[0]} x {batch[1]}"
+            f"batches of {batch[0]} x {batch[1]}, "
+            + (f"{row['base']} steps and more" if "base" in row else f"{row['steps']} steps")
         )
         studies.setdefault(label, []).append(row)
     return studies

@@ -100,6 +100,15 @@ def test_appending_rows_twice_writes_them_once(trained, tmp_path, monkeypatch):
         results.load("other")
 
 
+def test_studies_are_rows_of_one_size_corpus_and_length(trained):
+    """A longer run is another study, unless lengths are what a study compares."""
+    longer = [row | {"steps": 8, "id": "longer"} for row in trained]
+    labels = list(results.by_study([*trained, *longer]))
+    assert [label.rpartition(", ")[2] for label in labels] == ["4 steps", "8 steps"]
+    lengths = [row | {"base": 4} for row in [*trained, *longer]]
+    assert list(map(len, results.by_study(lengths).values())) == [12]
+
+
 def test_the_command_of_a_row_names_files_without_their_folders():
     argv = [
         "/a/b/experiments/p2.py",
