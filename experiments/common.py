@@ -30,8 +30,7 @@ class Request:
     at_once: int | None
 
 
-# The report's model at a size that trains 1000 replicate steps in about 20 s on 2 CPU cores:
-# what `--preset quick` means for an experiment that compares many arms.
+# The report's model, smaller: what `--preset quick` means for an experiment of many arms.
 SMALL = (
     "model.layout=report",
     "model.tied_embedding=false",

@@ -175,7 +175,7 @@ def analyse(rows: list[dict]) -> page.Study:
         arms=f"{', '.join(WEIGHTS)}, {BIAS} and none, with decoupled and coupled decay",
         n=n,
         result=result,
-        conclusion=_conclusion(found, adjusted, collapsed, control["coupled"], unigram),
+        conclusion=_conclusion(found, adjusted, collapsed, control, unigram),
         tables=[
             _judgement_table(found, adjusted, n),
             compare.arm_table(rows),
@@ -201,15 +201,22 @@ def _counts(found, kind):
 
 def _conclusion(found, adjusted, collapsed, control, unigram):
     cures, masks = (_of(found, "coupled", j) for j in (CURES, MASKS))
+    coupled, healthy = control["coupled"], control["decoupled"]
     if not collapsed:
         return (
             f"the coupled recipe alone is not shown to end above the unigram's loss "
-            f"({control.text()} against {unigram:.2f}, n={control.n}): prevention cannot be judged"
+            f"({coupled.text()} against {unigram:.2f}, n={coupled.n}): prevention cannot be judged"
+        )
+    if healthy.high >= unigram:
+        return (
+            f"the decoupled recipe alone is not shown to end below the unigram's loss "
+            f"({healthy.text()} against {unigram:.2f}, n={healthy.n}): a collapse cannot be told "
+            "from a young model, so prevention cannot be judged"
         )
     told = [
         f"prevented by {', '.join(cures)}"
         if cures
-        else f"no regulariser prevents the collapse ({len(WEIGHTS) + 1} tried, n={control.n})"
+        else f"no regulariser prevents the collapse ({len(WEIGHTS) + 1} tried, n={coupled.n})"
     ]
     if masks:
         told.append(f"{', '.join(masks)} masks it: {MEANING[MASKS]}")

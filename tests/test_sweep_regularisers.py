@@ -125,6 +125,14 @@ def test_rows_are_judged_within_their_recipe():
     assert found["decoupled coverage"] == "hurts"
 
 
+def test_a_young_healthy_recipe_leaves_prevention_unjudged():
+    """Neither recipe below the unigram: nothing tells a collapse from too few steps."""
+    young = {"decoupled none": (8.3, 0.1, 7, 0.5)}
+    told = sweep.analyse(rows(CHANGED | young)).conclusion
+    assert told.startswith("the decoupled recipe alone is not shown to end below the unigram's")
+    assert "cannot be told from a young model" in told and "prevents" not in told
+
+
 def test_the_conclusion_names_what_masks_and_that_nothing_cures():
     study = sweep.analyse(rows(CHANGED))
     assert study.n == 3
