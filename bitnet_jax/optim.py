@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from bitnet_jax.config import Hyper, OptimConfig, RunConfig
@@ -135,42 +134,34 @@ def make_optimizer(
 def last_update(
     cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups, params, opt_state, n: jax.Array
 ):
-    """The n-th update, which led to `params`, recovered from Adam's moments after it.
+    """The n-th update, which led to `params`, and the part of it that is decay; both like `params`.
+
+    Recovered from Adam's moments after it.
 
     With a the Adam direction, d the decoupled and f the unscaled decay, u = -lr (a + d w) - f w and
     params = w + u, so w = (params + lr a) / (1 - lr d - f). Cheaper than carrying updates through
     the scan of a chunk.
+
+    Adam's first moment is linear, so coupled decay's part of it is the running mean of decay * w;
+    that is taken as decay * w, which is exact for a weight that does not change.
     """
     lr_n = learning_rate(hyper, n, run)
     decoupled = by_stage(n, run, hyper.decoupled_1, hyper.decoupled_2)
     unscaled = by_stage(n, run, hyper.unscaled_1, hyper.unscaled_2)
+    coupled = by_stage(n, run, hyper.coupled_1, hyper.coupled_2)
     share = dict.fromkeys(DECAYED_IN_PART, hyper.decay_rest) | {"matrix": 1.0, "bias": 0.0}
     adam = opt_state["adam"]
     mu = optax.tree.bias_correction(adam.mu, cfg.beta1, adam.count)
     nu = optax.tree.bias_correction(adam.nu, cfg.beta2, adam.count)
 
     def update(group, param, m, v):
-        a = m / (jnp.sqrt(v) + cfg.eps)
+        scale = jnp.sqrt(v) + cfg.eps
+        a = m / scale
         lr = lr_n * hyper.head_lr if group == output_group(groups) else lr_n
         shrink = (lr * decoupled + unscaled) * share[group]
-        return -lr * a - shrink * (param + lr * a) / (1 - shrink)
+        before = (param + lr * a) / (1 - shrink)
+        by_decay = -(shrink + lr * coupled * share[group] / scale) * before
+        return -lr * a - shrink * before, by_decay
 
-    return jax.tree.map(update, groups, params, mu, nu)
-
-
-def starved_weight(w0: np.ndarray, cfg: OptimConfig, run: RunConfig, hyper: Hyper) -> np.ndarray:
-    """Where weights end that start at `w0` and receive nothing but coupled decay, float64.
-
-    The scalar Adam recursion (Kingma & Ba 2015, algorithm 1) with gradient decay_n * w: what
-    happens to the embedding rows of tokens that the batches do not contain.
-    """
-    w = np.array(w0, np.float64)
-    m, v = np.zeros_like(w), np.zeros_like(w)
-    lr = np.asarray(learning_rate(hyper, np.arange(1, run.steps + 1), run), np.float64)
-    for n in range(1, run.steps + 1):
-        g = (hyper.coupled_1 if n <= run.boundary else hyper.coupled_2) * hyper.decay_rest * w
-        m = cfg.beta1 * m + (1 - cfg.beta1) * g
-        v = cfg.beta2 * v + (1 - cfg.beta2) * g * g
-        m_hat, v_hat = m / (1 - cfg.beta1**n), v / (1 - cfg.beta2**n)
-        w = w - lr[n - 1] * m_hat / (np.sqrt(v_hat) + cfg.eps)
-    return w
+    both = jax.tree.map(update, groups, params, mu, nu)
+    return jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), both)

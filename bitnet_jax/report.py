@@ -45,6 +45,7 @@ CHARTS = (  # key, or its prefix ending in _; title; unit; reference lines; log 
     (PHASE, "Loss against entropy", "entropy, nats", "", False),
     ("collapse/mutual_information", "Use of context", "nats", "", False),
     ("decay/update_weight_cosine_", "Update against weight", "cosine", "", False),
+    ("decay/update_share_", "Decay's part of the update", "share", "", False),
     ("decay/norm_ratio_", "Weight norm", "share of initial", "", False),
     ("quant/flip_rate", "Ternary flips", "share of weights", "", False),
     ("train/lr", "Learning rate", "per step", "", False),

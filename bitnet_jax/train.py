@@ -132,10 +132,11 @@ def train_step(
 def update_scalars(cfg: Config, state: TrainState, hyper: Hyper) -> dict[str, jax.Array]:
     """Size and direction of the update that led to `state`."""
     groups = optim.param_groups(state.params)
-    updates = optim.last_update(
+    updates, by_decay = optim.last_update(
         cfg.optim, cfg.run, hyper, groups, state.params, state.opt_state, state.step
     )
     parts_w, parts_u = by_group(state.params, groups), by_group(updates, groups)
+    parts_d = by_group(by_decay, groups)
     out = {
         "train/update_norm": optax.tree.norm(updates),
         "train/param_norm": optax.tree.norm(state.params),
@@ -152,6 +153,10 @@ def update_scalars(cfg: Config, state: TrainState, hyper: Hyper) -> dict[str, ja
         norms = optax.tree.norm(u) * optax.tree.norm(w)
         out[f"decay/update_weight_cosine_{group}"] = optax.tree.vdot(u, w) / jnp.maximum(
             norms, 1e-30
+        )
+        # The component of the decay's part along the update: that of the gradient adds to it to 1.
+        out[f"decay/update_share_{group}"] = optax.tree.vdot(parts_d[group], u) / jnp.maximum(
+            optax.tree.vdot(u, u), 1e-30
         )
         out[f"decay/norm_ratio_{group}"] = optax.tree.norm(w) / state.init_norm[group]
     return out

@@ -28,6 +28,7 @@ class Request:
     workdir: Path  # for a sweep: the folder of its groups' workdirs and of its page
     resume: bool
     at_once: int | None
+    lengths: tuple[int, ...] = ()  # of a study of lengths: multiples of run.steps
 
 
 # The report's model, smaller: what `--preset quick` means for an experiment of many arms.
@@ -58,15 +59,24 @@ def main(
     seeds: str = "0",
     quick: tuple[str, ...] = (),
     sweep: bool = False,
+    lengths: str = "",
 ) -> None:
     """Parse the command line and call `body`; mistakes become one line and an exit status.
 
-    `quick` holds assignments that the experiment adds to the preset of that name.
+    `quick` holds assignments that the experiment adds to the preset of that name; `lengths` is the
+    default of a study of several lengths.
     """
 
     def command():
         request = parse(
-            doc, name, default_preset, sys.argv[1:], seeds=seeds, quick=quick, sweep=sweep
+            doc,
+            name,
+            default_preset,
+            sys.argv[1:],
+            seeds=seeds,
+            quick=quick,
+            sweep=sweep,
+            lengths=lengths,
         )
         resume = "the same command" if sweep else f"--resume --workdir {request.workdir}"
         try:
@@ -113,6 +123,7 @@ def parse(
     seeds: str = "0",
     quick: tuple[str, ...] = (),
     sweep: bool = False,
+    lengths: str = "",
 ) -> Request:
     """Turn arguments into a Request; raises UserError for values that do not fit.
 
@@ -143,7 +154,13 @@ def parse(
         parser.add_argument(
             "--at-once", type=int, help="replicates in one program (default: what memory allows)"
         )
-    else:
+    if lengths:
+        parser.add_argument(
+            "--lengths",
+            default=lengths,
+            help=f"lengths to train, in multiples of run.steps (default: {lengths})",
+        )
+    if not sweep:
         parser.add_argument(
             "--resume", action="store_true", help="go on in a workdir that was interrupted"
         )
@@ -158,7 +175,8 @@ def parse(
     default = name if sweep else config.run_id(name, cfg, replicates)
     workdir = args.workdir or Path("runs") / default
     resume = True if sweep else args.resume
-    return Request(args.preset, cfg, chosen, hyper, replicates, workdir, resume, at_once)
+    multiples = parse_lengths(args.lengths, lengths) if lengths else ()
+    return Request(args.preset, cfg, chosen, hyper, replicates, workdir, resume, at_once, multiples)
 
 
 def conclude(name: str, doc: str, workdir: Path, rows: list[dict], analyse: page.Analyse) -> None:
@@ -168,6 +186,14 @@ def conclude(name: str, doc: str, workdir: Path, rows: list[dict], analyse: page
     for label, study in studies.items():
         print("\n" + page.console(label, study))
     print(f"\npage: {page.write(workdir / 'report.html', name, doc, studies, rows)}")
+
+
+def parse_lengths(text: str, known: str) -> tuple[int, ...]:
+    """Some of the `known` numbers, each once, in ascending order; raises UserError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not set(parts) <= set(known.split(",")) or len(set(parts)) < len(parts):
+        raise UserError(f"--lengths {text}: use some of {known}, separated by commas")
+    return tuple(sorted(map(int, parts)))
 
 
 def parse_seeds(text: str) -> list[int]:

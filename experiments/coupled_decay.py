@@ -13,26 +13,18 @@ vocabulary will do:
         --set data.validation=text:books.validation.txt.xz --set data.tokenizer=gpt2
 """
 
-import math
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from bitnet_jax import charts, config, optim, program
+from bitnet_jax import charts, config, program, shrink
 from experiments import common, compare, page, stats, sweep
 
 NAME = "coupled_decay"
 COUPLED, DECOUPLED = "report", "report_decoupled"
 ARMS = [sweep.Arm(COUPLED, COUPLED), sweep.Arm(DECOUPLED, DECOUPLED)]
 THRESHOLD = 1.1  # the report counted weights above it
-
-
-def predicted_count(cfg: config.Config, hyper: config.Hyper, n_weights: int) -> float:
-    """How many of `n_weights` drawn from N(0, 1) the scalar recursion leaves above THRESHOLD."""
-    start = np.linspace(THRESHOLD, 6, 50_001)
-    end = optim.starved_weight(start, cfg.optim, cfg.run, hyper)
-    return n_weights * math.erfc(np.interp(THRESHOLD, end, start) / math.sqrt(2))
 
 
 def count_large(workdir: Path, cfg: config.Config, index: int) -> dict:
@@ -43,7 +35,9 @@ def count_large(workdir: Path, cfg: config.Config, index: int) -> dict:
     counts = {
         "all": sum(jax.tree.leaves(large)),
         "embedding": large["embed"]["embedding"],
-        "predicted": predicted_count(saved, hyper, embedding.size) if hyper.coupled_1 else None,
+        "predicted": shrink.count_above(THRESHOLD, embedding.size, saved.optim, saved.run, hyper)
+        if hyper.coupled_1
+        else None,
     }
     return {"above_1.1": counts}
 

@@ -47,7 +47,7 @@ class Entry:
     status: str
 
 
-Runs = list[list[dict]]  # the rows of each length, shortest first
+Runs = list[list[dict]]  # the rows of the three lengths, shortest first; empty when not run
 
 
 def prediction_interval(values) -> tuple[float, float]:
@@ -61,8 +61,13 @@ def prediction_interval(values) -> tuple[float, float]:
 
 def is_full(runs: Runs) -> bool:
     """Whether these are the report's own size, vocabulary and lengths."""
-    same_size = runs[0][0]["vocab_size"] == VOCABULARY and runs[0][0]["model"]["d_model"] == 256
-    return same_size and tuple(run[0]["steps"] for run in runs) == FULL
+    return all(
+        row["vocab_size"] == VOCABULARY
+        and row["model"]["d_model"] == 256
+        and row["steps"] == length
+        for run, length in zip(runs, FULL, strict=True)
+        for row in run
+    )
 
 
 def recompute(runs: Runs) -> list[Entry]:
@@ -75,6 +80,8 @@ def recompute(runs: Runs) -> list[Entry]:
 
     def measured(i, key, reported: float, claim: str, spec: str) -> Entry:
         """A number of the report against one more run of ours."""
+        if not runs[i]:
+            return Entry(claim, f"{reported:{spec}}", "", f"{UNKNOWN}: length not run")
         x = [v for v in values(i, key) if not math.isnan(v)]
         if not x:
             return Entry(claim, f"{reported:{spec}}", "never", DIFFERENT)
@@ -95,11 +102,14 @@ def recompute(runs: Runs) -> list[Entry]:
             if value is not None
         ]
 
+    from_shortest = (
+        [_evaluations(values, full), _recoveries(values), _start(runs, values),
+         _large_weights(runs, full)]
+        if runs[0] else []
+    )  # fmt: skip
     return [
-        Entry("evaluations of the 1000-step run, every 5", "200", _range(values(0, "evaluations")),
-              REPRODUCED if full and set(values(0, "evaluations")) == {200.0}
-              else f"{UNKNOWN}: another length"),
-        *_partial_log(values),
+        *from_shortest,
+        *_partial_log(),
         *three("unique_max", (95, 98, 95), "most distinct predictions", ".0f"),
         *three("unique_min", (1, 1, 1), "fewest distinct predictions", ".0f"),
         *three("unique_mean", (9.4, None, None), "average distinct predictions", ".1f"),
@@ -120,9 +130,6 @@ def recompute(runs: Runs) -> list[Entry]:
         *three("late_entropy", (10.7, None, None), "entropy of the collapsed run", ".2f"),
         *three("start_logit_std", (0.58, None, None), "standard deviation of the logits (its step "
                "is not told; ours at the start)", ".2f"),
-        _recoveries(values),
-        _start(runs, values),
-        _large_weights(runs, full),
         *_own_contradictions(),
     ]  # fmt: skip
 
@@ -132,7 +139,16 @@ def _range(values) -> str:
     return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
 
 
-def _partial_log(values: Callable) -> list[Entry]:
+def _evaluations(values: Callable, full: bool) -> Entry:
+    found = values(0, "evaluations")
+    status = REPRODUCED if set(found) == {200.0} else DIFFERENT
+    return Entry(
+        "evaluations of the 1000-step run, every 5", "200", _range(found),
+        status if full else f"{UNKNOWN}: another size",
+    )  # fmt: skip
+
+
+def _partial_log() -> list[Entry]:
     """452 points in runs of 10,000 and of 20,000 steps."""
     return [
         Entry(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import entr, rel_entr
 
+from bitnet_jax.shrink import gaussian_entropy
+
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)  # 100: the largest
 MODES = 5 / 9  # bimodality coefficient of the uniform distribution
 
@@ -59,14 +61,6 @@ def softmax(z_NV) -> np.ndarray:
 def entropy(q_NV) -> np.ndarray:
     """-sum q ln q of each position, nats [N]."""
     return entr(q_NV).sum(-1)
-
-
-def gaussian_entropy(vocab: int, std: float) -> float:
-    """ln V - std^2 / 2: entropy of the softmax of V independent draws from N(0, std^2).
-
-    From ln sum exp(z) = ln V + std^2 / 2 and E_q z = std^2 for large V; nats.
-    """
-    return float(np.log(vocab) - std**2 / 2)
 
 
 def skewness(x) -> float:

@@ -5,14 +5,16 @@ Its model, data order, optimiser and tracking (every 5 steps, on the first train
 and the ledger of its numeric claims, each recomputed. A claim is "reproduced" when the reported
 number lies within the 95 % prediction interval for one more run of ours.
 
-`--preset quick` is a smaller model at 200, 1000 and 2000 steps: the pattern can agree with the
-report, its numbers cannot.
+`--preset quick` is a smaller model at 100, 1000 and 2000 steps: the pattern can agree with the
+report, its numbers cannot. `--lengths 1` trains the shortest run only; rows of several commands are
+analysed together by `make report`.
 
     python -m experiments.reproduce_report --preset quick
     python -m experiments.reproduce_report --preset report --seeds 0-4 --set data.tokenizer=gpt2 \
         --set data.corpus=text:books.train.txt.xz --set data.validation=text:books.validation.txt.xz
 """
 
+import functools
 from pathlib import Path
 
 from bitnet_jax import charts, log
@@ -26,26 +28,23 @@ QUICK = (
     "data.track=first_batch",
     "data.order=sequential",
     "data.score_last=false",
-    "run.steps=200",
+    "run.steps=100",
     "run.eval_every=5",
 )
-TIMES = (1, 10, 20)  # lengths, in multiples of run.steps: 1000, 10000 and 20000 at full size
-QUICK_TIMES = (1, 5, 10)
+LENGTHS = "1,10,20"  # in multiples of run.steps: 1000, 10000 and 20000 at full size
 PARTIAL = 452  # evaluations in the report's logs of its two longer runs
 
 
 def arms(request: common.Request) -> list[sweep.Arm]:
-    """The report's recipe at three lengths."""
+    """The report's recipe at each length."""
     base = request.cfg.run.steps
-    times = QUICK_TIMES if request.preset == "quick" else TIMES
     return [
-        sweep.Arm(f"{k * base} steps", "report", run={"steps": k * base, "save_every": base})
-        for k in times
+        sweep.Arm(f"{k * base} steps", "report", run={"steps": k * base}) for k in request.lengths
     ]
 
 
-def numbers(workdir: Path, cfg: Config, index: int) -> dict:
-    """What the report tells of a run, for one replicate."""
+def numbers(base: int, workdir: Path, cfg: Config, index: int) -> dict:
+    """What the report tells of a run, for one replicate of a study whose shortest has `base`."""
     path, run = trajectory.read(workdir, index), cfg.run
     rows = [r for r in log.read_rows(workdir / "metrics.jsonl") if r["replicate"] == index]
     losses = [r["train/loss"] for r in rows if r["kind"] == "train"]
@@ -85,28 +84,30 @@ def numbers(workdir: Path, cfg: Config, index: int) -> dict:
         "late_logit_std": sum(r["collapse/logit_std"] for r in late) / len(late),
     }
     rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in found.items()}
-    return {"base": run.save_every, "numbers": rounded} | count_large(workdir, cfg, index)
+    return {"base": base, "numbers": rounded} | count_large(workdir, cfg, index)
 
 
 def analyse(rows: list[dict]) -> page.Study:
     """Section 5 beside ours, the milestones, and the ledger."""
-    runs = list(compare.by_arm(rows).values())
+    base = rows[0]["base"]
+    runs = [[r for r in rows if r["steps"] == int(k) * base] for k in LENGTHS.split(",")]
     n = compare.n_seeds(rows)
     entries = ledger.recompute(runs)
     statuses = [entry.status.partition(":")[0] for entry in entries]
     counts = {s: statuses.count(s) for s in dict.fromkeys(statuses)}
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
     unigram = rows[0]["references"]["unigram"]["loss"]
-    final = [stats.interval(r["final"]["eval/loss"] for r in run) for run in runs]
+    there = [run for run in runs if run]
+    final = [stats.interval(r["final"]["eval/loss"] for r in run) for run in there]
     collapsed = sum(r["final"]["eval/loss"] > unigram for r in rows)
-    lengths = ", ".join(f"{run[0]['steps']}" for run in runs)
+    lengths = ", ".join(f"{run[0]['steps']} (n={len(run)})" for run in there)
     result = (
         f"held-out loss after {lengths} steps: {', '.join(f.text() for f in final)} (unigram "
         f"{unigram:.2f}); ledger: {told}"
     )
     conclusion = (
         f"{collapsed} of {len(rows)} runs of the report's recipe end above the unigram's loss "
-        f"(n={n} seeds, {lengths} steps); of the report's {len(entries)} claims: {told}"
+        f"({lengths} steps); of the report's {len(entries)} claims: {told}"
     )
     return page.Study(
         arms=f"the report's recipe for {lengths} steps",
@@ -127,12 +128,13 @@ def section5(runs: list[list[dict]]) -> page.Table:
     for key, label, spec, reported in ledger.SECTION5:
         cells = []
         for run, value in zip(runs, reported, strict=True):
-            ours = stats.interval(r["numbers"][key] for r in run)
-            cells += [value, ours.text(spec)]
+            numbers = [r["numbers"][key] for r in run]
+            cells += [value, stats.interval(numbers).text(spec) if run else "not run"]
         lines.append([label, *cells])
     columns = [""]
-    for name, run in zip(("1000", "10000", "20000"), runs, strict=True):
-        columns += [f"report, {name}", f"ours, {run[0]['steps']}"]
+    for length, run in zip(ledger.FULL, runs, strict=True):
+        ours = f"ours, {run[0]['steps']} (n={len(run)})" if run else "ours"
+        columns += [f"report, {length}", ours]
     note = (
         "Ours: mean [95 % t interval] over seeds of the whole log. The report's logs of its longer "
         "runs hold 452 evaluations, which at its 5 steps each end at step 2260; rows named first "
@@ -143,7 +145,7 @@ def section5(runs: list[list[dict]]) -> page.Table:
 
 def milestones(runs: list[list[dict]]) -> page.Table:
     """Distinct predictions along the shortest run, at the report's steps or their share of it."""
-    run = runs[0]
+    run = next(run for run in runs if run)
     steps = sorted(map(int, run[0]["numbers"]["milestones"]))
     cells = [
         stats.interval(r["numbers"]["milestones"][str(step)] for r in run).text(".0f")
@@ -159,7 +161,7 @@ def milestones(runs: list[list[dict]]) -> page.Table:
 
 def panels(runs: list[list[dict]]) -> list[charts.Panel]:
     """Curves of every seed; the lengths share an axis of percent."""
-    reference = runs[0][0]["references"]
+    reference = next(run for run in runs if run)[0]["references"]
     out = []
     for key, title, ylabel, lines in (
         ("collapse/unique_tokens", "Distinct predictions", "tokens",
@@ -180,9 +182,11 @@ def panels(runs: list[list[dict]]) -> list[charts.Panel]:
 
 
 def body(request: common.Request) -> None:
-    rows = sweep.train_arms(NAME, request, arms(request), extra=numbers)
+    extra = functools.partial(numbers, request.cfg.run.steps)
+    rows = sweep.train_arms(NAME, request, arms(request), extra=extra)
     common.conclude(NAME, __doc__, request.workdir, rows, analyse)
 
 
 if __name__ == "__main__":
-    common.main(__doc__, NAME, "quick", body, seeds="0-2", quick=QUICK, sweep=True)
+    common.main(__doc__, NAME, "quick", body, seeds="0-2", quick=QUICK, sweep=True,
+                lengths=LENGTHS)  # fmt: skip

@@ -148,7 +148,7 @@ def without_gradient(cfg: Config, hyper: Hyper, start: np.ndarray) -> np.ndarray
     """Embedding entries [T + 1, N] over a run in which they get decay but never a gradient.
 
     `start` [N]. It is the run's own optimiser on zero gradients; for coupled decay alone the
-    recursion of `optim.starved_weight`.
+    recursion of `shrink.starved_weight`.
     """
     params = {
         "embed": {"embedding": jnp.asarray(start, jnp.float32)},

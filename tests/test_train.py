@@ -245,7 +245,7 @@ def test_other_hyper_values_compile_nothing(four, trained):
 
 TRAIN_KEYS = {
     "train": ["grad_norm", "loss", "lr", "param_norm", "update_norm", "weight_decay"],
-    "decay": ["norm_ratio_{}", "update_weight_cosine_{}"],
+    "decay": ["norm_ratio_{}", "update_share_{}", "update_weight_cosine_{}"],
 }
 EVAL_KEYS = [
     "collapse/concentration",

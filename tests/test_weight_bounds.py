@@ -5,7 +5,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from bitnet_jax import optim, presets
+from bitnet_jax import optim, presets, shrink
 from bitnet_jax.config import Hyper, OptimConfig, RunConfig
 from experiments import weight_bounds
 
@@ -68,7 +68,7 @@ def test_sums_of_two_tensors_are_those_of_both():
 def test_coupled_decay_alone_is_the_scalar_adam_recursion():
     cfg, hyper = config_of(200), presets.RECIPES["report"](200)
     path = weight_bounds.without_gradient(cfg, hyper, START)
-    end = optim.starved_weight(START, OptimConfig(), RunConfig(steps=200), hyper)
+    end = shrink.starved_weight(START, OptimConfig(), RunConfig(steps=200), hyper)
     np.testing.assert_allclose(path[0], START)
     np.testing.assert_allclose(path[-1], end, rtol=1e-4)
 
