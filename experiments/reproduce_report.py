@@ -15,6 +15,7 @@ analysed together by `make report`.
 """
 
 import functools
+import json
 from pathlib import Path
 
 from bitnet_jax import charts, log
@@ -44,12 +45,20 @@ def arms(request: common.Request) -> list[sweep.Arm]:
 
 
 def numbers(base: int, workdir: Path, cfg: Config, index: int) -> dict:
-    """What the report tells of a run, for one replicate of a study whose shortest has `base`."""
+    """What the report tells of a run, for one replicate of a study whose shortest has `base`.
+
+    `transit` is the first step below the unigram's loss, and `severe_after_transit` counts the
+    evaluations with fewer than 3 distinct predictions after it.
+    """
     path, run = trajectory.read(workdir, index), cfg.run
     rows = [r for r in log.read_rows(workdir / "metrics.jsonl") if r["replicate"] == index]
     losses = [r["train/loss"] for r in rows if r["kind"] == "train"]
     first = next(r for r in rows if r["kind"] == "eval" and r["step"] == 0)
     late = [r for r in rows if r["kind"] == "eval" and r["step"] > run.steps * 0.3]
+    saved = json.loads((workdir / "config.json").read_text())
+    summary = json.loads((workdir / "summary.json").read_text())
+    transit = trajectory.transit(path, saved["references"]["unigram"]["loss"])
+    after = path.steps > (run.steps if transit is None else transit)
     episodes = trajectory.episodes(path)
     cut = slice(0, min(PARTIAL, len(path.steps)))
     severe = trajectory.severe_rate(path, run)
@@ -67,6 +76,8 @@ def numbers(base: int, workdir: Path, cfg: Config, index: int) -> dict:
         "severe_share": severe.count / severe.n,
         "first_severe": trajectory.first_severe(path),
         "first_complete": trajectory.first_complete(path),
+        "transit": transit,
+        "severe_after_transit": int((path.unique[after] < trajectory.SEVERE).sum()),
         "recoveries": sum(e.recovery is not None for e in episodes),
         "count_recoveries": sum(e.count_only is not None for e in episodes),
         "milestones": trajectory.milestones(path, sorted(set(at))),
@@ -84,7 +95,9 @@ def numbers(base: int, workdir: Path, cfg: Config, index: int) -> dict:
         "late_logit_std": sum(r["collapse/logit_std"] for r in late) / len(late),
     }
     rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in found.items()}
-    return {"base": base, "numbers": rounded} | count_large(workdir, cfg, index)
+    sample = summary["replicates"][index]["continuations"][0]
+    large = count_large(workdir, cfg, index)
+    return {"base": base, "numbers": rounded, "sample": sample} | large
 
 
 def analyse(rows: list[dict]) -> page.Study:

@@ -82,6 +82,11 @@ def first_complete(path: Trajectory) -> int | None:
     return _first(path.steps, path.unique == 1)
 
 
+def transit(path: Trajectory, unigram: float) -> int | None:
+    """First step with a held-out loss below `unigram`, that of word frequencies alone (nats)."""
+    return _first(path.steps, path.loss < unigram)
+
+
 def episodes(path: Trajectory) -> list[Episode]:
     """Severe collapses; each lasts to its recovery, and only then can the next one start.
 

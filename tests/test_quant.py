@@ -273,3 +273,37 @@ def test_the_gradient_passes_every_format_unchanged(name):
         lambda w: jnp.sum(c * quant.quantize_weight(w, 1.0, jnp.float32, FORMATS[name]))
     )(jnp.asarray(w))
     np.testing.assert_array_equal(found, c)
+
+
+def test_a_byte_holds_outputs_a_quarter_apart_low_bits_first():
+    """code + 1 of columns j, j + 2, j + 4, j + 6 of eight: 2 + 4 * 1 + 16 * 0 + 64 * 2 = 134."""
+    codes = np.array([[1, 0, 0, 1, -1, 0, 1, -1], [-1] * 8, [0] * 8, [1] * 8], np.int8)
+    packed = quant.pack_ternary(codes)
+    assert packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(packed, [[134, 25], [0, 0], [85, 85], [170, 170]])
+    np.testing.assert_array_equal(quant.unpack_ternary(packed), codes)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 8), (5, 36), (16, 64)])
+def test_packing_is_undone_exactly_and_never_writes_the_code_3(shape):
+    codes = np.random.default_rng(0).integers(-1, 2, shape, np.int8)
+    packed = np.asarray(jax.jit(quant.pack_ternary)(codes))
+    assert packed.shape == (shape[0], shape[1] // 4)
+    for shift in (0, 2, 4, 6):
+        assert (packed >> shift & 3).max() <= 2
+    found = jax.jit(quant.unpack_ternary)(packed)
+    assert found.dtype == jnp.int8
+    np.testing.assert_array_equal(found, codes)
+
+
+def test_every_byte_of_four_codes_is_a_different_one():
+    """All 81 combinations of four codes, each packed into its own byte in base 4."""
+    codes = np.stack(np.meshgrid(*[[-1, 0, 1]] * 4, indexing="ij"), axis=-1).reshape(81, 4)
+    packed = np.asarray(quant.pack_ternary(codes.astype(np.int8)))
+    np.testing.assert_array_equal(packed[:, 0], (codes + 1) @ 4 ** np.arange(4))
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2, 3, 6])
+def test_outputs_that_do_not_fill_bytes_are_refused_by_shape(n_outputs):
+    with pytest.raises(ValueError, match=rf"\(2, {n_outputs}\).*divisible by 4"):
+        quant.pack_ternary(np.zeros((2, n_outputs), np.int8))

@@ -1,0 +1,10 @@
+"""Runs transformers' own code as it is written, on the CPU, without the network."""
+
+import os
+
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes minutes and a C++ compiler
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore")  # torch's own, at import

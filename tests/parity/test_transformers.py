@@ -1,0 +1,136 @@
+"""transformers loads what was exported and computes the same; `make test-parity` runs this."""
+
+import json
+import shutil
+
+import hf_models
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import torch_side
+from transformers import AutoTokenizer
+from transformers.integrations.bitnet import AutoBitLinear, BitLinear
+
+from bitnet_jax import hf
+from bitnet_jax.config import Hyper
+from bitnet_jax.model import Transformer
+
+DENSE = Hyper(weight_quant=0.0, act_quant=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tokenizer(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITNET_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield hf_models.small_tokenizer()
+
+
+@pytest.fixture(scope="module", params=hf_models.SHAPES)
+def model(request):
+    return hf_models.clear_model(hf_models.SHAPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def simple():
+    return hf_models.clear_model(hf_models.SHAPES["gqa, untied"])
+
+
+def exported(folder, model, tokenizer, hyper=None, **rest):
+    hf.export(folder, *model[:2], hyper or Hyper(), tokenizer, **rest)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["latents", "packed"])
+def test_logits_loss_and_greedy_text_are_equal(model, tokenizer, tmp_path, packed):
+    cfg, params, tokens_BL = model
+    folder = exported(tmp_path / "out", model, tokenizer, packed=packed)
+    theirs = torch_side.expected(folder, tokens_BL)
+    ours_BLV = hf_models.logits(cfg, params, tokens_BL)
+    assert ours_BLV.std() > 0.5
+    np.testing.assert_allclose(ours_BLV, theirs["logits"], rtol=0, atol=1e-4)
+    assert hf_models.mean_loss(ours_BLV, tokens_BL) == pytest.approx(float(theirs["loss"]), 1e-6)
+    assert (hf_models.greedy(cfg, params, tokens_BL) == theirs["greedy"]).all()
+    cfg, params, _ = hf.load(folder)
+    loaded_BLV = hf_models.logits(cfg, params, tokens_BL)
+    np.testing.assert_allclose(loaded_BLV, theirs["logits"], rtol=0, atol=1e-4)
+
+
+def test_a_dense_model_is_dense_there(simple, tokenizer, tmp_path):
+    cfg, params, tokens_BL = simple
+    folder = exported(tmp_path / "out", simple, tokenizer, DENSE)
+    theirs = torch_side.expected(folder, tokens_BL)
+    ours_BLV = hf_models.logits(cfg, params, tokens_BL, DENSE)
+    np.testing.assert_allclose(ours_BLV, theirs["logits"], rtol=1e-5, atol=1e-4)
+    assert np.abs(hf_models.logits(cfg, params, tokens_BL) - theirs["logits"]).max() > 0.1
+
+
+def test_master_weights_train_there_with_our_gradients(simple, tokenizer, tmp_path):
+    cfg, params, tokens_BL = simple
+    model = torch_side.load(exported(tmp_path / "out", simple, tokenizer))
+    tokens = torch.tensor(tokens_BL).long()
+    model(tokens, labels=tokens).loss.backward()
+
+    def loss(params):
+        logits_BLV = Transformer(cfg.model).apply({"params": params}, tokens_BL, Hyper())
+        return hf_models.loss.next_token_loss(
+            logits_BLV[:, :-1], tokens_BL[:, 1:], np.ones(tokens_BL[:, 1:].shape, np.float32)
+        )
+
+    ours = jax.grad(loss)(params)
+    for layer, ours_IO in (
+        (model.model.layers[0].self_attn.q_proj, ours["block_0"]["attn"]["q"]["kernel"]),
+        (model.model.layers[0].mlp.down_proj, ours["block_0"]["ffn"]["down"]["kernel"]),
+    ):
+        assert isinstance(layer, AutoBitLinear)
+        found = layer.weight.grad.numpy().T
+        assert np.abs(found).max() > 1e-3
+        np.testing.assert_allclose(found, ours_IO, rtol=1e-3, atol=1e-5)
+
+
+def test_the_tokenizer_gives_the_same_ids_and_text(simple, tokenizer, tmp_path):
+    folder = exported(tmp_path / "out", simple, tokenizer)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = "The cat's mat,\n\n   sat  on 1234 é🙂"
+    ids = tokenizer.encode_batch([text])[0]
+    assert theirs(text)["input_ids"] == ids.tolist()
+    assert theirs.decode(ids) == text == tokenizer.decode(ids)
+    assert theirs.eos_token_id == tokenizer.end_of_text and len(theirs) == tokenizer.vocab_size
+
+
+def test_what_transformers_saves_again_is_read_back_exactly(simple, tokenizer, tmp_path):
+    folder = exported(tmp_path / "out", simple, tokenizer)
+    torch_side.load(folder).save_pretrained(tmp_path / "again")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path / "again")
+    cfg, params, _ = hf.load(tmp_path / "again")
+    assert cfg.model == simple[0].model
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, simple[1]))
+
+
+def test_scales_are_values_for_autobitlinear_and_inverses_for_bitlinear(
+    simple, tokenizer, tmp_path
+):
+    """A folder of the other convention has the same logits; the wrong one is far off."""
+    cfg, params, tokens_BL = simple
+    folder = exported(tmp_path / "out", simple, tokenizer, packed=True)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"]["linear_class"] = "bitlinear"
+    (folder / "config.json").write_text(json.dumps(settings))
+    model = torch_side.load(folder)
+    assert isinstance(model.model.layers[0].mlp.down_proj, BitLinear)
+    ours_BLV, tokens = hf_models.logits(cfg, params, tokens_BL), torch.tensor(tokens_BL).long()
+    with torch.no_grad():
+        mixed_up_BLV = model(tokens).logits.numpy()
+    assert np.abs(mixed_up_BLV - ours_BLV).max() > 0.1
+
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    inverted = {k: 1 / x if k.endswith("weight_scale") else x for k, x in tensors.items()}
+    safetensors.numpy.save_file(inverted, folder / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        theirs_BLV = torch_side.load(folder)(tokens).logits.numpy()
+    np.testing.assert_allclose(theirs_BLV, ours_BLV, rtol=0, atol=1e-4)
+    values = hf.load(folder)[1]["block_0"]["ffn"]["down"]["scale"]
+    latents = params["block_0"]["ffn"]["down"]["kernel"]
+    np.testing.assert_allclose(values, np.abs(latents).mean(), rtol=1e-6)
