@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import charts, config, program, shrink
+from bitnet_jax import charts, config, shrink
 from experiments import common, compare, page, stats, sweep
 
 NAME = "coupled_decay"
@@ -29,7 +29,7 @@ THRESHOLD = 1.1  # the report counted weights above it
 
 def count_large(workdir: Path, cfg: config.Config, index: int) -> dict:
     """Weights above THRESHOLD in the last checkpoint, over all parameters and in the embedding."""
-    saved, replicate, state = program.load_replicate(workdir, cfg.run.steps, index)
+    saved, replicate, state = sweep.load_replicate(workdir, cfg.run.steps, index)
     large = jax.tree.map(lambda w: int((np.abs(w) > THRESHOLD).sum()), state.params)
     embedding, hyper = state.params["embed"]["embedding"], replicate.hyper
     counts = {

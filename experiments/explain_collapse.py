@@ -98,18 +98,24 @@ def main_effect(rows: list[dict], factor: int, key: str) -> stats.Interval:
     return stats.interval(sum(changes) / len(changes) for changes in per_seed.values())
 
 
+def ending(rows: list[dict]) -> list[str]:
+    """Factors whose change alone brings the report's recipe below the unigram's loss everywhere."""
+    unigram = rows[0]["references"]["unigram"]["loss"]
+    return [
+        name
+        for i, name in enumerate(FACTORS)
+        if max(compare.values(rows, arm_name(swapped(REPORT, i)), LOSS).values()) < unigram
+    ]
+
+
 def analyse(rows: list[dict]) -> page.Study:
     """Effects of the factors, and the rivals beside the report's recipe."""
     n, names = compare.n_seeds(rows), list(FACTORS)
     unigram = rows[0]["references"]["unigram"]["loss"]
     single = {name: alone(rows, i, LOSS) for i, name in enumerate(names)}
     spread = {name: main_effect(rows, i, LOSS) for i, name in enumerate(names)}
-    ending = [
-        name
-        for i, name in enumerate(names)
-        if max(compare.values(rows, arm_name(swapped(REPORT, i)), LOSS).values()) < unigram
-    ]
-    rest = [name for name in names if name not in ending]
+    found = ending(rows)
+    rest = [name for name in names if name not in found]
     largest_rest = max(rest, key=lambda name: abs(single[name].mean), default=None)
     baseline = stats.interval(compare.values(rows, arm_name(REPORT), LOSS).values())
     told = "; ".join(f"{name} {stats.effect_text(single[name])}" for name in names)
@@ -117,17 +123,17 @@ def analyse(rows: list[dict]) -> page.Study:
         f"change of held-out loss when one factor of the report's recipe is changed alone: {told}; "
         f"report's recipe {baseline.text()}, unigram {unigram:.2f}"
     )
-    if not ending:
+    if not found:
         conclusion = (
             f"no single factor brings the report's recipe below the unigram's loss in all {n} seeds"
         )
     else:
         changes = ", ".join(
-            f"{name} -> {FACTORS[name][1]} ({stats.effect_text(single[name])})" for name in ending
+            f"{name} -> {FACTORS[name][1]} ({stats.effect_text(single[name])})" for name in found
         )
         conclusion = f"each alone ends the collapse in all {n} seeds: {changes}"
         if largest_rest:
-            weakest = min(abs(single[name].mean) for name in ending)
+            weakest = min(abs(single[name].mean) for name in found)
             other = abs(single[largest_rest].mean)
             conclusion += (
                 f"; the largest of the others, {largest_rest}, changes the loss by "
@@ -202,6 +208,7 @@ def signature_table(rows: list[dict]) -> page.Table:
 
 def body(request: common.Request) -> None:
     rows = sweep.train_arms(NAME, request, ARMS, extra=count_large)
+    rows = [{k: v for k, v in row.items() if k != "curve"} for row in rows]  # of 35 arms
     common.conclude(NAME, __doc__, request.workdir, rows, analyse)
 
 

@@ -102,8 +102,7 @@ def numbers(base: int, workdir: Path, cfg: Config, index: int) -> dict:
 
 def analyse(rows: list[dict]) -> page.Study:
     """Section 5 beside ours, the milestones, and the ledger."""
-    base = rows[0]["base"]
-    runs = [[r for r in rows if r["steps"] == int(k) * base] for k in LENGTHS.split(",")]
+    runs = by_length(rows)
     n = compare.n_seeds(rows)
     entries = ledger.recompute(runs)
     statuses = [entry.status.partition(":")[0] for entry in entries]
@@ -133,6 +132,12 @@ def analyse(rows: list[dict]) -> page.Study:
             charts.panels_svg([panel]),
         ) for panel in panels(runs)],
     )  # fmt: skip
+
+
+def by_length(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each of the three lengths, shortest first; empty where there are none."""
+    base = rows[0]["base"]
+    return [[r for r in rows if r["steps"] == int(k) * base] for k in LENGTHS.split(",")]
 
 
 def section5(runs: list[list[dict]]) -> page.Table:

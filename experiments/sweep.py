@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -66,6 +67,15 @@ def train_arms(
             rows[row["arm"], row["seed"]] = row
     order = [(arm.name, seed) for arm in arms for seed in request.seeds]
     return [rows[key] for key in order]
+
+
+_load = functools.lru_cache(maxsize=1)(program.load_replicates)
+
+
+def load_replicate(workdir: Path, step: int, index: int):
+    """`program.load_replicate` for one replicate after the other: reads the checkpoint once."""
+    cfg, replicates, states = _load(workdir, step)
+    return cfg, replicates[index], jax.tree.map(lambda x: x[index], states)
 
 
 def groups(request, arms):

@@ -1,0 +1,213 @@
+"""The answer to the report on one page, and the head of the README: built from rows alone.
+
+Called by `make report`. For each of the four investigations that make the answer the study with the
+largest model is shown; what its other studies found stands below it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from bitnet_jax import charts
+from experiments import (
+    end_collapse,
+    explain_collapse,
+    ledger,
+    page,
+    reproduce_report,
+    results,
+    shrink_law,
+    stats,
+)
+
+PICTURE = results.FOLDER / "answer.svg"
+COUPLED, DECOUPLED, PUBLISHED = "the report's recipe", "one line changed: AdamW", "published recipe"
+PARTS = (
+    ("Reproduced", reproduce_report, 1),
+    ("Explained: which factor", explain_collapse, 1),
+    ("Explained: how", shrink_law, 2),
+    ("Ended", end_collapse, 1),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the four steps of the answer: its study, pictures, and what other studies say."""
+
+    title: str
+    name: str
+    label: str
+    study: page.Study
+    figures: list[tuple[str, Markup]]
+    others: list[tuple[str, str]]
+    command: str
+    cost: str
+
+
+def largest(rows: list[dict]) -> tuple[str, list[dict]]:
+    """Label and rows of the study with the largest vocabulary, then with most steps."""
+    studies = results.by_study(rows)
+    return max(
+        studies.items(),
+        key=lambda study: (study[1][0]["vocab_size"], max(row["steps"] for row in study[1])),
+    )
+
+
+def part(title: str, module, n_figures: int) -> Part:
+    """Analyse the committed rows of an experiment; raises UserError when there are none."""
+    rows = results.load(module.NAME)
+    label, chosen = largest(rows)
+    study = module.analyse(chosen)
+    others = [
+        (other, module.analyse(members).answer)
+        for other, members in results.by_study(rows).items()
+        if other != label
+    ]
+    figures = [(caption, Markup(svg)) for caption, svg in study.figures[:n_figures]]
+    command, cost = chosen[0]["command"], results.cost(chosen)
+    return Part(title, module.NAME, label, study, figures, others, command, cost)
+
+
+def arms(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of `end_collapse` by column of the headline table, at its shortest length."""
+    steps = min(row["steps"] for row in rows)
+    names = {
+        COUPLED: end_collapse.report_arm(steps),
+        DECOUPLED: end_collapse.line_arm("AdamW for Adam", steps),
+        PUBLISHED: end_collapse.b158_arms(steps)[0],
+    }
+    found = {label: [r for r in rows if r["arm"] == arm] for label, arm in names.items()}
+    return {label: members for label, members in found.items() if members}
+
+
+def headline_table(rows: list[dict]) -> page.Table:
+    """The report's numbers beside those of its recipe, of one line changed, and of the text."""
+    columns = arms(rows)
+    reference = rows[0]["references"]
+    ladder = " / ".join(
+        str(x)
+        for x in (
+            reference["targets"]["distinct"],
+            reference["bigram"]["distinct"],
+            reference["unigram"]["distinct"],
+        )
+    )
+    losses = f"- / {reference['bigram']['loss']:.2f} / {reference['unigram']['loss']:.2f}"
+    lines = []
+    for label, reported, get, spec, told in (
+        (f"distinct predictions of {reference['tracked_positions']}, stage 1", "15.1",
+         lambda r: r["numbers"]["unique_stage1"], ".1f", ladder),
+        ("stage 2", "3.6", lambda r: r["numbers"]["unique_stage2"], ".1f", ""),
+        ("last step", "8", lambda r: r["numbers"]["unique_final"], ".0f", ""),
+        ("training loss, mean over the run", "9.60", lambda r: r["numbers"]["loss_mean"], ".2f",
+         ""),
+        ("training loss, last step", "9.92", lambda r: r["numbers"]["loss_final"], ".2f", ""),
+        ("held-out loss", "", lambda r: r["final"]["eval/loss"], ".2f", losses),
+        (f"entropy at the end (ln V = {reference['uniform']['entropy']:.2f})", "10.7",
+         lambda r: r["final"]["collapse/entropy"], ".2f", ""),
+        ("standard deviation of the logits", "", lambda r: r["final"]["collapse/logit_std"], ".2f",
+         ""),
+        ("weights above 1.1 in magnitude", "981,223", lambda r: r["above_1.1"]["all"], ",.0f", ""),
+    ):  # fmt: skip
+        cells = [stats.interval(map(get, members)).text(spec) for members in columns.values()]
+        lines.append([label, reported, *cells, told])
+    heads = [f"{label} (n={len(members)})" for label, members in columns.items()]
+    title = f"After {min(row['steps'] for row in rows)} steps"
+    note = "Mean [95 % t interval] over seeds; every arm starts from the same seeds and batches."
+    columns = ["", "the report said", *heads, "the text / bigram / unigram predictor"]
+    return page.Table(title, columns, lines, note)
+
+
+def picture(rows: list[dict]) -> list[charts.Panel]:
+    """Distinct predictions and held-out loss: the report's recipe, one line changed, published."""
+    reference = rows[0]["references"]
+    out = []
+    for key, title, ylabel, lines in (
+        ("collapse/unique_tokens", f"Distinct predictions of {reference['tracked_positions']}",
+         "tokens", [(k, reference[k]["distinct"]) for k in ("targets", "bigram")]),
+        ("eval/loss", "Held-out loss", "nats per token",
+         [(k, reference[k]["loss"]) for k in ("uniform", "unigram", "bigram")]),
+    ):  # fmt: skip
+        series = [
+            charts.Series(label, r["curve"]["step"], r["curve"][key])
+            for label, members in arms(rows).items()
+            for r in members
+        ]
+        named = tuple(("text" if name == "targets" else name, value) for name, value in lines)
+        boundary = min(row["steps"] for row in rows) // 2
+        out.append(charts.Panel(series, title, ylabel, boundary, named))
+    return out
+
+
+def verdict(rows: list[dict]) -> str:
+    """Yes or no to the report's conclusion, from the factorial."""
+    ending = explain_collapse.ending(rows)
+    coupling, arithmetic = "decay enters" in ending, "arithmetic" in ending
+    if coupling and not arithmetic:
+        return (
+            "No: the collapse is neither structural nor the fault of ternary weights. Weight decay "
+            "that is coupled into Adam shrinks the embedding and the head to nothing."
+        )
+    if arithmetic and not coupling:
+        return "Yes: without ternary weights the collapse ends, and decoupling the decay does not."
+    if coupling:
+        return "Both count: decoupling the decay ends the collapse, and so does full precision."
+    return "Open: neither decoupling the decay nor full precision ends the collapse."
+
+
+def markdown(parts: list[Part], table: page.Table) -> str:
+    """The head of the README: verdict, picture, table, and one sentence per part."""
+    factorial = largest(results.load(explain_collapse.NAME))[1]
+    picture_path = PICTURE.relative_to(Path(__file__).parents[1])
+    lines = [
+        f"**{verdict(factorial)}**",
+        "",
+        f"![distinct predictions and held-out loss against step]({picture_path})",
+        "",
+        "| " + " | ".join(table.columns) + " |",
+        "|" + "---|" * len(table.columns),
+        *("| " + " | ".join(row) + " |" for row in table.rows),
+        "",
+        f"{table.title}; {parts[-1].label.partition(',')[0]}. {table.note}",
+        "",
+    ]
+    for p in parts:
+        lines.append(f"- **{p.title}** ([`{p.name}`](experiments/{p.name}.py), {p.label}): "
+                     f"{p.study.answer}")  # fmt: skip
+        lines += [f"  - {label}: {answer}" for label, answer in p.others]
+    commands = dict.fromkeys(p.command for p in parts)
+    return "\n".join([*lines, "", "```", *commands, "```"])
+
+
+def write(path: Path) -> str:
+    """Write the page to `path` and the picture, and return the README's part.
+
+    Raises UserError when one of the four experiments has no rows.
+    """
+    parts = [part(*p) for p in PARTS]
+    label, ended = largest(results.load(end_collapse.NAME))
+    table = headline_table(ended)
+    charts.save_figure(PICTURE, picture(ended))
+    _, reproduced = largest(results.load(reproduce_report.NAME))
+    claims = ledger.table(ledger.recompute(reproduce_report.by_length(reproduced)))
+    factorial = largest(results.load(explain_collapse.NAME))[1]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template("answer.html.jinja").render(
+        verdict=verdict(factorial),
+        table=table,
+        label=label,
+        hero=Markup(charts.panels_svg(picture(ended))),
+        parts=parts,
+        ledger=claims,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html, encoding="utf-8")
+    return markdown(parts, table)
