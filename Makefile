@@ -1,4 +1,4 @@
-# make setup | train | test | report | lint | format | clean
+# make setup | train | test | test-parity | report | lint | format | clean
 # PYTHON=python3.12 picks the interpreter; ACCEL=cuda13 or ACCEL=tpu installs jax for that device.
 
 PYTHON ?= python3
@@ -6,8 +6,10 @@ ACCEL ?= cpu
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed-$(ACCEL)
+TORCH := $(VENV)/installed-torch
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup train test report lint format clean
+.PHONY: setup train test test-parity report lint format clean
 
 setup: $(STAMP)
 
@@ -15,7 +17,7 @@ $(STAMP): requirements.txt
 	@case "$(ACCEL)" in cpu|cuda13|tpu) ;; *) echo "ACCEL=$(ACCEL): use cpu, cuda13 or tpu" >&2; exit 2;; esac
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt $(if $(filter-out cpu,$(ACCEL)),"jax[$(ACCEL)]")
+	$(PIP) -r requirements.txt $(if $(filter-out cpu,$(ACCEL)),"jax[$(ACCEL)]")
 	touch $@
 
 train: setup
@@ -23,6 +25,15 @@ train: setup
 
 test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# The exports as transformers itself computes them, with the CPU build of torch.
+test-parity: $(TORCH)
+	$(RUN) -m pytest tests/parity
+
+$(TORCH): $(STAMP)
+	$(PIP) --no-deps torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	$(PIP) torch==2.13.0 accelerate==1.15.0
+	touch $@
 
 # Every table, figure and page of the experiments, from their rows.
 report: setup

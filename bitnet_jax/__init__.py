@@ -3,6 +3,6 @@
 Data flows one way; a module imports only from those before it:
 
 config -> presets -> tokenizer -> corpus -> data -> reference -> quant -> model -> collapse -> loss
--> optim -> sharding -> train -> checkpoint -> program -> generate -> triage -> log -> charts
--> report -> run
+-> optim -> shrink -> sharding -> train -> checkpoint -> hf -> program -> generate -> triage -> log
+-> charts -> report -> run
 """

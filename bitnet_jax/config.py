@@ -48,8 +48,9 @@ class ModelConfig:
     )
     weight_format: str = _field(
         "ternary",
-        "what quantised weights hold: absmean ternary, or absmax 4 or 8 bits",
-        ("ternary", "int4", "int8"),
+        "what quantised weights hold: absmean ternary, or absmax 4 or 8 bits; "
+        "packed: ternary in 2 bits, which can be evaluated but not trained",
+        ("ternary", "int4", "int8", "packed"),
     )
     rope_theta: float = _field(500_000.0, "base of the rotary frequencies")
     norm_eps: float = _field(1e-5, "added to the mean square inside RMSNorm")
@@ -82,7 +83,8 @@ class DataConfig:
     holdout: float = _field(0.05, "share of the corpus held out when validation is none")
     feature: str = _field("text", "tfds: name of the text feature")
     tokenizer: str = _field(
-        "bpe:4096", "bpe:N (trained on the corpus) | gpt2 (hub cache) | gpt2:FOLDER"
+        "bpe:4096",
+        "bpe:N (trained on the corpus) | gpt2 (hub cache) | gpt2:FOLDER | hf:FOLDER",
     )
     seq_len: int = _field(64, "tokens in a window")
     batch_size: int = _field(8, "windows in a batch, per replicate")
@@ -120,10 +122,11 @@ class DataConfig:
                 "tfds:NAME[/CONFIG]"
             )
         kind, _, argument = self.tokenizer.partition(":")
-        if kind not in ("bpe", "gpt2") or (kind == "bpe" and not argument.isdecimal()):
+        wrong = {"bpe": not argument.isdecimal(), "gpt2": False, "hf": not argument}
+        if wrong.get(kind, True):
             raise UserError(
-                f"data.tokenizer={self.tokenizer}: unknown tokenizer; use bpe:N, gpt2 or "
-                "gpt2:FOLDER"
+                f"data.tokenizer={self.tokenizer}: unknown tokenizer; use hf:FOLDER, bpe:N, "
+                "gpt2 or gpt2:FOLDER"
             )
         if kind == "bpe" and int(argument) < 257:
             raise UserError(
@@ -154,7 +157,9 @@ class RunConfig:
     save_every: int = _field(100, "steps between checkpoints; the last two are kept")
     checkpoint_every: int = _field(1000, "steps between checkpoints that are kept for good")
     init: str | None = _field(
-        None, "start from fork:WORKDIR[@STEP[:REPLICATE]] instead of from scratch"
+        None,
+        "instead of from scratch: fork:WORKDIR[@STEP[:REPLICATE]], or hf:FOLDER, the master "
+        "weights of a Hugging Face folder with a new optimiser",
     )
     reset_optimizer: bool = _field(False, "a fork starts with fresh moments of Adam")
 
@@ -164,9 +169,11 @@ class RunConfig:
             raise UserError(f"run.steps={self.steps}: two stages need at least 2 steps")
         if not self.recipes:
             raise UserError("run.recipes is empty; name at least one")
-        if self.init is not None and not self.init.startswith("fork:"):
-            raise UserError(f"run.init={self.init}: use fork:WORKDIR[@STEP[:REPLICATE]]")
-        if self.reset_optimizer and self.init is None:
+        if self.init is not None and not self.init.startswith(("fork:", "hf:")):
+            raise UserError(
+                f"run.init={self.init}: use fork:WORKDIR[@STEP[:REPLICATE]] or hf:FOLDER"
+            )
+        if self.reset_optimizer and not (self.init or "").startswith("fork:"):
             raise UserError("run.reset_optimizer=true: only a fork can; set run.init=fork:WORKDIR")
 
     @property

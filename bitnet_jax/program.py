@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import checkpoint, config, data, loss, reference, sharding, train
+from bitnet_jax import checkpoint, config, data, hf, loss, optim, reference, sharding, train
 from bitnet_jax.config import Config, Replicate, UserError
 
 DEVICE_BYTES = 1 << 30  # a larger training split stays on the host
@@ -152,12 +152,15 @@ def build(cfg: Config, replicates: list[Replicate]) -> Program:
 
 
 def start_state(program: Program, workdir: Path) -> tuple[train.TrainState, int]:
-    """Where training starts, in this order: resume this workdir, fork another, from scratch."""
+    """Where training starts: resume this workdir, else as `run.init` says, else from scratch."""
     steps = checkpoint.kept_steps(workdir)
     if steps:
         return checkpoint.restore(workdir, steps[-1], program.abstract_state), steps[-1]
-    if program.cfg.run.init:
-        state, step = fork_state(program, program.cfg.run.init.removeprefix("fork:"))
+    kind, _, source = (program.cfg.run.init or "").partition(":")
+    if kind == "hf":
+        return imported_state(program, Path(source)), 0
+    if kind == "fork":
+        state, step = fork_state(program, source)
         return (fresh_moments(program, state) if program.cfg.run.reset_optimizer else state), step
     return program.init(), 0
 
@@ -196,6 +199,16 @@ def load_replicate(
     return cfg, replicates[index], state
 
 
+def load_replicates(workdir: Path, step: int) -> tuple[Config, list[Replicate], train.TrainState]:
+    """Configuration, identities and states [R, ...] of a checkpoint, NumPy; raises UserError."""
+    cfg, replicates = config.from_json(checkpoint.load_config(workdir, step))
+    states = jax.eval_shape(
+        jax.vmap(lambda seed: train.init_state(cfg, replicates[0].hyper, seed)),
+        np.zeros(len(replicates), np.uint32),
+    )
+    return cfg, replicates, jax.device_get(checkpoint.restore(workdir, step, states))
+
+
 def fork_state(program: Program, source: str) -> tuple[train.TrainState, int]:
     """Restore WORKDIR[@STEP[:REPLICATE]]: all replicates, or one copied to all of this run's."""
     folder, step, index = checkpoint_place(source)
@@ -210,3 +223,34 @@ def fork_state(program: Program, source: str) -> tuple[train.TrainState, int]:
     n_rep = len(program.replicates)
     copies = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), state)
     return jax.device_put(copies, program.state_sharding), step
+
+
+def imported_state(program: Program, folder: Path) -> train.TrainState:
+    """All replicates at step 0 with the master weights of a Hugging Face folder.
+
+    Raises UserError naming the fields in which the folder's model differs from the configuration.
+    """
+    cfg, params, tokenizer = hf.load(folder)
+    start, ours = f"run.init=hf:{folder}", program.cfg.model
+    if cfg.model.weight_format == "packed":
+        raise UserError(f"{start}: packed weights cannot be trained; export the master weights")
+    if tokenizer.key != program.tokens.tokenizer.key:
+        raise UserError(
+            f"{start}: not its tokenizer: data.tokenizer={program.cfg.data.tokenizer} differs; set "
+            f"data.tokenizer=hf:{folder}"
+        )
+    differing = [
+        f"model.{name}={value}"
+        for name, value in vars(replace(cfg.model, dtype=ours.dtype)).items()
+        if value != getattr(ours, name)
+    ]
+    if differing:
+        raise UserError(f"{start}: another model; set {' '.join(differing)}")
+    groups, n_rep = optim.param_groups(params), len(program.replicates)
+
+    def replicated(tree):
+        return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), tree)
+
+    norms = train.group_norms(params, groups)
+    state = program.init().replace(params=replicated(params), init_norm=replicated(norms))
+    return jax.device_put(state, program.state_sharding)

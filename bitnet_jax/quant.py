@@ -40,6 +40,25 @@ def int8_codes(x: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(x.astype(jnp.float32) * scale), -128, 127)
 
 
+def pack_ternary(codes_IO: jax.Array) -> jax.Array:
+    """Four codes in {-1, 0, 1} to a byte: int8 [I, O] -> uint8 [I, O / 4].
+
+    Planar along the outputs: byte column j holds outputs j, j + O/4, j + 2 O/4 and j + 3 O/4 in
+    bits 0-1, 2-3, 4-5 and 6-7, as code + 1. This is the transpose of what `pack_weights` of
+    transformers (`integrations/bitnet.py`) makes of [O, I]. ValueError unless 4 divides O.
+    """
+    if codes_IO.ndim != 2 or codes_IO.shape[1] % 4:
+        raise ValueError(f"codes of shape {codes_IO.shape}: [I, O] with O divisible by 4 needed")
+    planes = jnp.split((codes_IO + 1).astype(jnp.uint8), 4, axis=1)
+    return planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
+
+
+def unpack_ternary(packed: jax.Array) -> jax.Array:
+    """Inverse of `pack_ternary`: uint8 [I, O / 4] -> int8 codes [I, O]."""
+    planes = [packed >> shift & 3 for shift in (0, 2, 4, 6)]
+    return jnp.concatenate(planes, axis=1).astype(jnp.int8) - 1
+
+
 def _divide(codes: jax.Array, scale: jax.Array) -> jax.Array:
     """codes / scale, rounded once: XLA would turn a broadcast divisor into its reciprocal."""
     return codes / (scale + 0 * codes)

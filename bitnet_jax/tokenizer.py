@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: GPT-2's, or one trained on the corpus and cached."""
+"""Byte-level BPE tokenizers: GPT-2's, a Hugging Face folder's, or one trained on the corpus."""
 
 import contextlib
 import hashlib
@@ -18,6 +18,7 @@ from bitnet_jax.config import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = ("vocab.json", "merges.txt")
+HF_FILES = ("tokenizer.json", "tokenizer_config.json")
 TRAIN_CHARS = 32_000_000  # a BPE is trained on at most this much text from the start of the corpus
 
 
@@ -45,20 +46,70 @@ class Tokenizer:
 def load_tokenizer(
     spec: str, corpus_key: str, train_documents: Callable[[], Iterator[str]]
 ) -> Tokenizer:
-    """Load `bpe:N`, `gpt2` or `gpt2:FOLDER`.
+    """Load `bpe:N`, `gpt2`, `gpt2:FOLDER` or `hf:FOLDER`.
 
     `bpe:N` is trained on `train_documents()` unless the cache holds the one of this `corpus_key`;
-    a small corpus may yield fewer than N tokens. Raises UserError when a GPT-2 tokenizer cannot be
-    had or the cache folder cannot be written.
+    a small corpus may yield fewer than N tokens. Raises UserError when a tokenizer cannot be had or
+    the cache folder cannot be written.
     """
     kind, _, argument = spec.partition(":")
+    if kind == "hf":
+        return load_folder(Path(argument))
     if kind == "bpe":
         backend = _cached_bpe(int(argument), corpus_key, train_documents)
     else:
         backend = _gpt2(argument)
+    return _wrap(spec, backend, END_OF_TEXT)
+
+
+def load_folder(folder: Path) -> Tokenizer:
+    """The byte-level BPE of a Hugging Face folder; its end of text is that folder's `eos_token`.
+
+    Raises UserError when the folder has no such tokenizer.
+    """
+    texts = {}
+    for name in HF_FILES:
+        path = folder.expanduser() / name
+        if not path.is_file():
+            raise UserError(
+                f"{folder}: tokenizer missing: no {name}; the folder must hold "
+                + " and ".join(HF_FILES)
+            )
+        texts[name] = path.read_text(encoding="utf-8")
+    try:
+        model, told = (json.loads(texts[name]) for name in HF_FILES)
+    except ValueError as error:
+        raise UserError(f"{folder}: damaged tokenizer, not JSON: {error}") from error
+    if model.get("model", {}).get("type") != "BPE" or '"ByteLevel"' not in texts[HF_FILES[0]]:
+        raise UserError(f"{folder}: {HF_FILES[0]} is not a byte-level BPE; only those can be used")
+    backend = tokenizers.Tokenizer.from_str(texts[HF_FILES[0]])
+    backend.no_truncation()
+    backend.no_padding()
+    end = told.get("eos_token")
+    end = end["content"] if isinstance(end, dict) else end
+    if end is None or backend.token_to_id(end) is None:
+        raise UserError(f"{folder}: eos_token={end} of {HF_FILES[1]} is not in the vocabulary")
+    return _wrap(f"hf:{folder}", backend, end)
+
+
+def _wrap(name: str, backend: tokenizers.Tokenizer, end_of_text: str) -> Tokenizer:
     # Text that spells out "<|endoftext|>" is text: only data.py marks the end of a document.
     backend.encode_special_tokens = True
-    return _wrap(spec, backend)
+    vocab = backend.get_vocab(with_added_tokens=True)
+    special = {token.content for token in backend.get_added_tokens_decoder().values()}
+    token_bytes_V = np.zeros(max(vocab.values()) + 1, np.int32)
+    for token, i in vocab.items():
+        token_bytes_V[i] = 0 if token in special else len(token)
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    content = json.dumps([sorted(vocab.items()), merges])
+    return Tokenizer(
+        name=name,
+        key=hashlib.sha256(content.encode()).hexdigest()[:16],
+        vocab_size=len(token_bytes_V),
+        end_of_text=vocab[end_of_text],
+        token_bytes_V=token_bytes_V,
+        backend=backend,
+    )
 
 
 def cache_dir() -> Path:
@@ -171,21 +222,3 @@ def _hub_folder() -> Path:
             "vocab.json and merges.txt"
         ) from error
     return Path(paths[0]).parent
-
-
-def _wrap(name: str, backend: tokenizers.Tokenizer) -> Tokenizer:
-    vocab = backend.get_vocab(with_added_tokens=True)
-    special = {token.content for token in backend.get_added_tokens_decoder().values()}
-    token_bytes_V = np.zeros(max(vocab.values()) + 1, np.int32)
-    for token, i in vocab.items():
-        token_bytes_V[i] = 0 if token in special else len(token)
-    merges = json.loads(backend.to_str())["model"]["merges"]
-    content = json.dumps([sorted(vocab.items()), merges])
-    return Tokenizer(
-        name=name,
-        key=hashlib.sha256(content.encode()).hexdigest()[:16],
-        vocab_size=len(token_bytes_V),
-        end_of_text=vocab[END_OF_TEXT],
-        token_bytes_V=token_bytes_V,
-        backend=backend,
-    )

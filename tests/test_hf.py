@@ -174,6 +174,15 @@ def test_shards_of_bfloat16_are_read_as_published(copy):
         assert ours.dtype == np.float32 and (ours == w.astype(np.float32)).all(), key
 
 
+def test_the_rotary_base_is_read_where_either_version_of_transformers_puts_it(copy):
+    folder = copy(PACKED)
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["rope_theta"] == settings["rope_parameters"]["rope_theta"] == 10_000
+    for name in ("rope_theta", "rope_parameters"):
+        edit_json(folder / "config.json", **settings | {name: None})
+        assert hf.load(folder)[0].model.rope_theta == 10_000
+
+
 def test_a_stripped_quantization_config_is_warned_of_and_read_as_a_bitnet(copy, capsys):
     folder = copy()
     edit_json(folder / "config.json", quantization_config=None)
@@ -275,6 +284,7 @@ def test_a_configuration_that_is_not_this_model_is_named(copy, changes, told):
     [
         ("config.json", None, "no config.json"),
         ("config.json", "{", "config.json: damaged, not JSON"),
+        ("config.json", "[]", "config.json: damaged, not a JSON object"),
         ("tokenizer.json", None, "tokenizer missing: no tokenizer.json"),
         ("tokenizer_config.json", None, "tokenizer missing: no tokenizer_config.json"),
         ("tokenizer.json", "{", "damaged tokenizer"),
@@ -386,7 +396,7 @@ def test_a_folder_that_does_not_fit_the_run_is_refused_with_the_fields(imported,
     with pytest.raises(UserError, match=r"another model; set model.n_kv_heads=2 model.d_ff=64$"):
         start(wider)
     other = replace(cfg, data=replace(cfg.data, tokenizer=f"hf:{PACKED}"))
-    with pytest.raises(UserError, match=r"set model.vocab_size=300"):
+    with pytest.raises(UserError, match=rf"not its tokenizer.* set data.tokenizer=hf:{tmp_path}"):
         start(other)
     *_, tok = hf.load(tmp_path / "hf")
     full = replace(Config(cfg.model), model=replace(cfg.model, vocab_size=tok.vocab_size))

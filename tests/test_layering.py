@@ -62,4 +62,4 @@ def test_the_package_does_not_import_what_uses_it():
 def test_modules_and_package_stay_small():
     lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
     assert {name: n for name, n in lines.items() if n > 400} == {}
-    assert sum(lines.values()) < 5000
+    assert sum(lines.values()) < 5400

@@ -114,16 +114,27 @@ def test_packed_parameters_are_two_bits_a_weight_and_a_scale_per_matrix():
     codes = quant.weight_codes(w, quant.weight_scale(w))
     np.testing.assert_array_equal(quant.unpack_ternary(layer["packed"]), codes)
     for part in ("embed", "head", "final_norm"):
-        assert packed[part] is params[part] or jax.tree.all(
-            jax.tree.map(lambda a, b: a is b, packed[part], params[part])
-        )
+        jax.tree.map(np.testing.assert_array_equal, packed[part], params[part])
+
+
+def test_in_bfloat16_embedding_and_head_are_kept_as_they_are_used():
+    """Casting them before the model does leaves every logit as it is."""
+    cfg = config(tied_embedding=False, dtype="bfloat16")
+    packed = pack_params(random_params(cfg), cfg, Hyper())
+    uncast = pack_params(random_params(cfg), replace(cfg, dtype="float32"), Hyper())
+    assert packed["embed"]["embedding"].dtype == packed["head"]["kernel"].dtype == jnp.bfloat16
+    tokens_BL = np.arange(12).reshape(2, 6)
+    found, expected = (forward(as_packed(cfg), p, tokens_BL) for p in (packed, uncast))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_packed_parameters_are_not_packed_again():
     """Quantising ternary values once more would shrink their scale by the share of zeros."""
     cfg = config()
     packed = pack_params(random_params(cfg), cfg, Hyper())
-    assert pack_params(packed, as_packed(cfg), Hyper()) is packed
+    jax.tree.map(
+        np.testing.assert_array_equal, pack_params(packed, as_packed(cfg), Hyper()), packed
+    )
 
 
 def test_replicates_are_packed_with_scales_of_their_own():
@@ -183,4 +194,4 @@ def test_weights_stay_packed_while_decoding():
         name: decoding_memory(name, 3) - decoding_memory(name, 1) for name in ("ternary", "packed")
     }
     n_weights = 2 * (4 * 64 * 64 + 3 * 64 * 256)  # of two blocks
-    assert growth["packed"] < 0.1 * n_weights < 4 * n_weights <= growth["ternary"]
+    assert growth["packed"] < 0.25 * n_weights < 4 * n_weights <= growth["ternary"]

@@ -4,6 +4,7 @@ import os
 
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes minutes and a C++ compiler
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny products are faster in one thread
 
 
 def pytest_configure(config):

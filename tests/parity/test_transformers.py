@@ -78,7 +78,7 @@ def test_master_weights_train_there_with_our_gradients(simple, tokenizer, tmp_pa
             logits_BLV[:, :-1], tokens_BL[:, 1:], np.ones(tokens_BL[:, 1:].shape, np.float32)
         )
 
-    ours = jax.grad(loss)(params)
+    ours = jax.jit(jax.grad(loss))(params)
     for layer, ours_IO in (
         (model.model.layers[0].self_attn.q_proj, ours["block_0"]["attn"]["q"]["kernel"]),
         (model.model.layers[0].mlp.down_proj, ours["block_0"]["ffn"]["down"]["kernel"]),
