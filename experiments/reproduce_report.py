@@ -64,7 +64,8 @@ def numbers(base: int, workdir: Path, cfg: Config, index: int) -> dict:
     severe = trajectory.severe_rate(path, run)
     steps = run.steps
     shares = (0.005, 0.05, 0.1, 0.13, 0.14, 0.5, 0.6, 0.7, 1.0)  # the report's milestones of 1000
-    at = [max(5, round(share * steps / 5) * 5) for share in shares]
+    every = run.eval_every
+    at = [max(every, round(share * steps / every) * every) for share in shares]
     found = {
         "evaluations": len(path.steps),
         "unique_min": int(path.unique.min()),

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import config, generate, presets
+from bitnet_jax import config, generate, hf, presets
+from bitnet_jax.config import UserError
 from bitnet_jax.generate import Sampling
-from bitnet_jax.model import Transformer, empty_cache
+from bitnet_jax.model import Transformer, empty_cache, pack_params
+from bitnet_jax.tokenizer import Tokenizer, load_tokenizer
+from experiments import generate as script
 
 V, N_NEW = 61, 6
 LENGTHS_B = np.array([5, 2, 4], np.int32)
@@ -215,6 +218,100 @@ def test_the_penalty_counts_the_prompt_and_the_continuation_but_not_padding(simp
     padded[1, 2:] = first[0]
     penalised = run((cfg, params, hyper, padded), repetition_penalty=1e6)[:, 1, 0]
     assert penalised[0] == first[0]
+
+
+def test_packed_weights_write_the_same_text(model):
+    """Of several replicates and prompts of unequal length."""
+    cfg, params, hyper, prompts_BP = model
+    packed = replace(cfg, model=replace(cfg.model, weight_format="packed"))
+    packed_model = packed, pack_params(params, cfg.model, hyper), hyper, prompts_BP
+    assert (run(packed_model) == run(model)).all()
+
+
+def test_a_sampled_continuation_stops_at_its_end_of_text_and_others_go_on(simple):
+    """Each row on its own: an end in one changes no token of another."""
+    free = run(simple, temperature=1.0)
+    end = int(free[0, 0, 1])
+    stopped = run(simple, temperature=1.0, end_of_text=end)
+    for before, after in zip(free.reshape(-1, N_NEW), stopped.reshape(-1, N_NEW), strict=True):
+        n = before.tolist().index(end) if end in before else N_NEW
+        assert after.tolist() == before[:n].tolist() + [end] * (N_NEW - n)
+
+
+@pytest.fixture(scope="module")
+def bytewise(tmp_path_factory):
+    """A tokenizer whose tokens are single bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITNET_JAX_CACHE", str(tmp_path_factory.mktemp("bytes")))
+        return load_tokenizer("bpe:257", "none", lambda: iter(["a"]))
+
+
+def pieces(tokenizer: Tokenizer, ids, n):
+    """What a stream shows after each `n` tokens."""
+    return [script.printable(tokenizer, ids[:i]) for i in range(n, len(ids) + n, n)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_a_stream_never_shows_half_a_character_nor_takes_text_back(bytewise, n):
+    """Characters of 2, 3 and 4 bytes, cut at every place by chunks of `n` single bytes."""
+    text = "na\u00efve \u732b \U0001f408\u200d\u2b1b e\u0301"
+    ids = bytewise.encode_batch([text])[0]
+    assert len(ids) == len(text.encode())
+    shown = pieces(bytewise, ids, n)
+    assert shown[-1] == text and not any("\ufffd" in part for part in shown)
+    assert all(text.startswith(part) for part in shown) and shown == sorted(shown, key=len)
+
+
+def test_bytes_that_are_no_character_are_shown_once_text_follows(bytewise):
+    ids = [*bytewise.encode_batch(["a"])[0], *bytewise.encode_batch(["\u732b"])[0][:2]]
+    assert script.printable(bytewise, ids) == "a"
+    after = script.printable(bytewise, [*ids, *bytewise.encode_batch(["b"])[0]])
+    assert after[0] == "a" and after[-1] == "b" and set(after[1:-1]) == {"\ufffd"}
+
+
+def test_a_prompt_may_fill_the_context_and_its_continuation_pass_it(bytewise):
+    prompts_BP, lengths_B = script.encode(bytewise, ["abcd", "ab"], 100, context=4)
+    assert prompts_BP.shape == (2, 4) and lengths_B.tolist() == [4, 2]
+    with pytest.raises(UserError, match=r"abcde'\.\.\.: 5 tokens, but the model's context"):
+        script.encode(bytewise, ["ab", "abcde"], 1, context=4)
+
+
+def test_a_hugging_face_folder_is_told_from_a_workdir(tmp_path):
+    """Also one whose config.json or weights are missing, so that its reader can say so."""
+    for name, files in {
+        "workdir": {"config.json": '{"model": {}, "replicates": []}'},
+        "whole": {"config.json": '{"model_type": "bitnet"}', "model.safetensors": ""},
+        "no weights": {"config.json": '{"model_type": "llama"}'},
+        "no config": {"model.safetensors.index.json": "{}"},
+    }.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+    found = {path.name for path in tmp_path.iterdir() if script.is_hf_folder(path)}
+    assert found == {"whole", "no weights", "no config"}
+    assert not script.is_hf_folder(tmp_path / "not there")
+
+
+def test_a_hugging_face_folder_writes_the_same_text_packed_or_not(
+    bytewise, tmp_path, monkeypatch, capsys
+):
+    """Speed goes to standard error, so that standard output is the same."""
+    cfg, params, _, _ = random_model(n_layers=1)
+    cfg = replace(cfg, model=replace(cfg.model, vocab_size=257))
+    one = jax.tree.map(lambda x: x[0], params)
+    one["embed"]["embedding"] = np.random.default_rng(2).normal(size=(257, 32)).astype(np.float32)
+    for name, packed in {"latents": False, "codes": True}.items():
+        hf.export(tmp_path / name, cfg, one, config.Hyper(), bytewise, packed=packed)
+    texts = []
+    for folder, flags in (("latents", []), ("latents", ["--packed"]), ("codes", [])):
+        argv = [str(tmp_path / folder), "--prompt", "a", "--tokens", "20", *flags]
+        monkeypatch.setattr("sys.argv", ["generate", *argv])
+        script.body()
+        told = capsys.readouterr()
+        assert told.out.startswith(f"{tmp_path / folder}: greedy\n\na")
+        assert told.err.endswith(" tokens/s after the first 16\n")
+        texts.append(told.out.partition("\n")[2])
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 20
 
 
 def letters(text):
