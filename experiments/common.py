@@ -29,6 +29,7 @@ class Request:
     resume: bool
     at_once: int | None
     lengths: tuple[int, ...] = ()  # of a study of lengths: multiples of run.steps
+    only: tuple[str, ...] = ()  # of such a study: parts of the names of the arms to train
 
 
 # The report's model, smaller: what `--preset quick` means for an experiment of many arms.
@@ -160,6 +161,12 @@ def parse(
             default=lengths,
             help=f"lengths to train, in multiples of run.steps (default: {lengths})",
         )
+        parser.add_argument(
+            "--only",
+            metavar="TEXT,TEXT",
+            help="train only arms with one of these in their name (default: all); `make report` "
+            "analyses the rows of several commands together",
+        )
     if not sweep:
         parser.add_argument(
             "--resume", action="store_true", help="go on in a workdir that was interrupted"
@@ -176,7 +183,10 @@ def parse(
     workdir = args.workdir or Path("runs") / default
     resume = True if sweep else args.resume
     multiples = parse_lengths(args.lengths, lengths) if lengths else ()
-    return Request(args.preset, cfg, chosen, hyper, replicates, workdir, resume, at_once, multiples)
+    only = tuple(args.only.split(",")) if lengths and args.only else ()
+    return Request(
+        args.preset, cfg, chosen, hyper, replicates, workdir, resume, at_once, multiples, only
+    )
 
 
 def conclude(name: str, doc: str, workdir: Path, rows: list[dict], analyse: page.Analyse) -> None:

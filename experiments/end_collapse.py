@@ -95,18 +95,19 @@ def analyse(rows: list[dict]) -> page.Study:
     n = compare.n_seeds(rows)
     names = list(compare.by_arm(rows))
     first = min(row["steps"] for row in rows)
+    tried = [line for line in LINES if line_arm(line, first) in names]
     effects = {
         line: compare.difference(rows, line_arm(line, first), report_arm(first), LOSS)
-        for line in LINES
+        for line in tried
     }
-    counts = {line: ends(rows, line_arm(line, first)) for line in LINES}
+    counts = {line: ends(rows, line_arm(line, first)) for line in tried}
     ending = [line for line, (good, of) in counts.items() if good == of]
     best = min(ending, key=lambda line: effects[line].mean, default=None)
-    lengths = sorted({row["steps"] for row in rows if row["arm"].startswith("b158,")})
-    published = [published_line(rows, steps) for steps in lengths]
+    lengths = sorted({r["steps"] for r in rows if r["arm"] == b158_arms(r["steps"])[0]})
+    published = [published_line(rows, steps) for steps in lengths] or ["not run"]
     told = "; ".join(
         f"{line} {stats.effect_text(effects[line])}, {counts[line][0]} of {counts[line][1]} ended"
-        for line in LINES
+        for line in tried
     )
     result = (
         f"change of held-out loss at {first} steps by one line of the report's recipe: {told}; "
@@ -114,17 +115,18 @@ def analyse(rows: list[dict]) -> page.Study:
         f"{rows[0]['references']['unigram']['loss']:.2f}"
     )
     if ending:
-        lost = [line for line in LINES if line not in ending]
+        lost = [line for line in tried if line not in ending]
         conclusion = (
             f"one line ends the collapse of the report's recipe in every seed: "
             f"{' or '.join(ending)} (lowest loss: {best}, {stats.effect_text(effects[best])} nats)"
             + (f"; {' and '.join(lost)} do{'es' * (len(lost) == 1)} not" if lost else "")
         )
     else:
-        conclusion = f"none of {len(LINES)} one-line changes ends the collapse in every seed"
-    conclusion += f"; the published recipe: {published_summary(rows, lengths)}"
+        conclusion = f"none of {len(tried)} one-line changes ends the collapse in every seed"
+    if lengths:
+        conclusion += f"; the published recipe: {published_summary(rows, lengths)}"
     return page.Study(
-        arms=f"{len(LINES)} one-line changes; b158 and its full-precision twin; {len(names)} arms",
+        arms=f"{len(tried)} one-line changes; b158 and its full-precision twin; {len(names)} arms",
         n=n,
         result=result,
         conclusion=conclusion,
@@ -144,9 +146,12 @@ def healthy(rows: list[dict], steps: int) -> bool:
     return all(m["transit"] is not None and m["severe_after_transit"] == 0 for m in members)
 
 
-def gap(rows: list[dict], steps: int) -> stats.Interval:
+def gap(rows: list[dict], steps: int, spec: str = "+.3f") -> str:
     """Paired difference of held-out loss, ternary - full precision."""
-    return compare.difference(rows, *b158_arms(steps), LOSS)
+    ternary, full = b158_arms(steps)
+    if not any(row["arm"] == full for row in rows):
+        return "not run"
+    return stats.effect_text(compare.difference(rows, ternary, full, LOSS), spec)
 
 
 def published_line(rows: list[dict], steps: int) -> str:
@@ -156,7 +161,7 @@ def published_line(rows: list[dict], steps: int) -> str:
         f"{steps} steps: {severe} severe evaluations after the transit, stage averages "
         f"{stats.interval(m['unique_stage1'] for m in members).text('.1f')} and "
         f"{stats.interval(m['unique_stage2'] for m in members).text('.1f')}, against full "
-        f"precision {stats.effect_text(gap(rows, steps), '+.3f')}"
+        f"precision {gap(rows, steps)}"
     )
 
 
@@ -170,8 +175,7 @@ def published_summary(rows: list[dict], lengths: list[int]) -> str:
         text = f"no severe evaluation once below the unigram's loss at T = {told} only"
     else:
         text = "severe evaluations, or never below the unigram's loss, at every length"
-    last = lengths[-1]
-    return text + f"; ternary weights change its loss by {stats.effect_text(gap(rows, last))}"
+    return text + f"; ternary weights change its loss by {gap(rows, lengths[-1], '+.2f')}"
 
 
 def line_table(rows: list[dict], steps: int) -> page.Table:
@@ -180,7 +184,7 @@ def line_table(rows: list[dict], steps: int) -> page.Table:
     lines = []
     for label, arm in (
         ("the report's recipe", report_arm(steps)),
-        *((line, line_arm(line, steps)) for line in LINES),
+        *((x, line_arm(x, steps)) for x in LINES if line_arm(x, steps) in compare.by_arm(rows)),
     ):
         d = compare.difference(rows, arm, report_arm(steps), LOSS)
         good, of = ends(rows, arm)
@@ -215,7 +219,7 @@ def published_table(rows: list[dict], lengths: list[int]) -> page.Table:
             passed = [t for t in transits if t is not None]
             severe = sum(m["severe_after_transit"] for m in numbers) if passed else "-"
             loss = stats.interval(compare.values(rows, arm, LOSS).values()).text(".3f")
-            against = gap(rows, steps).text("+.3f") if arm == b158_arms(steps)[0] else ""
+            against = gap(rows, steps) if arm == b158_arms(steps)[0] else ""
             lines.append([
                 arm, f"{max(passed)} ({len(passed)} of {len(transits)})" if passed else "never",
                 str(severe), *told, str(numbers[0]["unique_final"]), loss, against,
@@ -258,8 +262,9 @@ def figures(rows: list[dict], first: int, lengths: list[int]) -> list[tuple[str,
 
     listed = [("the report's recipe", report_arm(first)), *((x, line_arm(x, first)) for x in LINES)]
     listed.append(("the published recipe", b158_arms(first)[0]))
+    there = compare.by_arm(rows)
     dots = charts.dot_plot(
-        [(label, {f"{first} steps": point(arm)}) for label, arm in listed],
+        [(label, {f"{first} steps": point(arm)}) for label, arm in listed if arm in there],
         title="One line changed",
         xlabel="held-out loss, nats per token",
         references=[(name, reference[name]["loss"]) for name in ("unigram", "uniform")],

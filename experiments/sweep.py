@@ -41,12 +41,13 @@ def train_arms(
     extra: Extra | None = None,
     keep_checkpoints: bool = False,
 ) -> list[dict]:
-    """Train every arm from every seed and return one row each, in that order.
+    """Train every chosen arm from every seed and return one row each, in that order.
 
     A group is as many replicates of one shape as fit the memory; it has a workdir of its own, so
     that a repeated command goes on where it was stopped and repeats no finished group. Checkpoints
     of a finished group are removed unless kept.
     """
+    arms = chosen(request, arms)
     rows = {}
     for cfg, members in groups(request, arms):
         workdir = request.workdir / config.run_id(name, cfg, members)
@@ -67,6 +68,15 @@ def train_arms(
             rows[row["arm"], row["seed"]] = row
     order = [(arm.name, seed) for arm in arms for seed in request.seeds]
     return [rows[key] for key in order]
+
+
+def chosen(request: Request, arms: list[Arm]) -> list[Arm]:
+    """The arms whose names have one of `request.only` in them; raises UserError when none does."""
+    found = [arm for arm in arms if not request.only or any(x in arm.name for x in request.only)]
+    if not found:
+        names = "; ".join(arm.name for arm in arms)
+        raise config.UserError(f"--only {','.join(request.only)}: no such arm among {names}")
+    return found
 
 
 _load = functools.lru_cache(maxsize=1)(program.load_replicates)

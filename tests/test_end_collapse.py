@@ -117,9 +117,18 @@ def test_a_severe_evaluation_after_the_transit_is_told():
 
 
 def test_the_gap_to_full_precision_is_paired():
-    gap = study.gap(rows(), 1000)
-    assert (gap.mean, gap.n) == (pytest.approx(0.1), 3)
-    assert gap.low == pytest.approx(0.1)
+    assert study.gap(rows(), 1000) == "+0.100 [+0.100, +0.100] (n=3)"
+    without = [r for r in rows() if "full precision, 1000" not in r["arm"]]
+    assert study.gap(without, 1000) == "not run"
+
+
+def test_arms_that_were_not_trained_are_left_out():
+    found = [r for r in rows(lines=("AdamW for Adam",)) if "b158" not in r["arm"]]
+    found = [r for r in found if "decay" not in r["arm"]]
+    told = study.analyse(found)
+    assert "in every seed: AdamW for Adam (lowest" in told.conclusion
+    assert "full precision does not" in told.conclusion
+    assert "published recipe: not run" in told.result
 
 
 def test_control_rows_are_those_of_the_same_study_lengths_and_seeds():
