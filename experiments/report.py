@@ -1,7 +1,7 @@
 """Rebuild every table, figure and page of the experiments from their committed rows.
 
-Writes a page per experiment and an index of them to runs/report/, and the generated parts of
-README.md and experiments/README.md. An experiment without rows is an error.
+Writes a page per experiment, an index of them and the page of the answer to runs/report/, and the
+generated parts of README.md and experiments/README.md. An experiment without rows is an error.
 
     make report
 """
@@ -15,9 +15,13 @@ import jinja2
 
 from bitnet_jax import charts
 from bitnet_jax.config import UserError
-from experiments import page, results
+from experiments import answer, page, results
 
 NAMES = (
+    "reproduce_report",
+    "explain_collapse",
+    "shrink_law",
+    "end_collapse",
     "coupled_decay",
     "weight_bounds",
     "sweep_stage2_decay",
@@ -28,10 +32,10 @@ NAMES = (
     "sweep_architectures",
     "degeneration",
     "faults",
+    "warmup_from_dense",
 )
 INDEX = Path(__file__).parent / "README.md"
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- rows: begin -->", "<!-- rows: end -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,26 +97,33 @@ def answers(found: list[Entry]) -> str:
     return "\n".join(lines)
 
 
-def replace_table(text: str, table: str) -> str:
-    """`text` with what stands between the two markers replaced; raises UserError without them."""
-    before, found, rest = text.partition(BEGIN)
-    _, closed, after = rest.partition(END)
+def replace_part(text: str, name: str, part: str) -> str:
+    """`text` with what stands between the markers of `name` replaced; UserError without them."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise UserError(f"README.md: needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+        raise UserError(f"README.md: needs the lines {begin} and {end}")
+    return f"{before}{begin}\n\n{part}\n\n{end}{after}"
 
 
 def main() -> None:
     folder = Path("runs") / "report"
     found = [entry for name in NAMES for entry in entries(name, folder)]
-    for path, part in ((INDEX, markdown(found)), (README, answers(found))):
-        path.write_text(replace_table(path.read_text(), part))
+    head = answer.write(folder / "answer.html")
+    for path, name, part in (
+        (INDEX, "rows", markdown(found)),
+        (README, "answer", head),
+        (README, "rows", answers(found)),
+    ):
+        path.write_text(replace_part(path.read_text(), name, part))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
     index = folder / "index.html"
     index.write_text(environment.get_template("index.html.jinja").render(entries=found))
     print(f"{len(found)} studies of {len(NAMES)} experiments in {index} and both README.md")
+    print(f"the answer: {folder / 'answer.html'}")
 
 
 if __name__ == "__main__":

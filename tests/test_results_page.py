@@ -24,12 +24,13 @@ def test_the_index_has_one_section_per_experiment_and_every_study_in_it():
 
 
 def test_only_the_part_between_the_markers_is_replaced():
-    old = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
-    new = report.replace_table(old, "new")
-    assert new == f"above\n{report.BEGIN}\n\nnew\n\n{report.END}\nbelow\n"
-    assert report.replace_table(new, "new") == new
-    with pytest.raises(UserError, match="needs the lines"):
-        report.replace_table("no markers", "new")
+    begin, end = "<!-- rows: begin -->", "<!-- rows: end -->"
+    old = f"above\n{begin}\nold\n{end}\nbelow <!-- answer: begin -->\n"
+    new = report.replace_part(old, "rows", "new")
+    assert new == f"above\n{begin}\n\nnew\n\n{end}\nbelow <!-- answer: begin -->\n"
+    assert report.replace_part(new, "rows", "new") == new
+    with pytest.raises(UserError, match="needs the lines <!-- answer: begin -->"):
+        report.replace_part(old, "answer", "new")
 
 
 def test_an_experiment_without_rows_is_an_error(tmp_path, monkeypatch):
