@@ -84,7 +84,8 @@ def recompute(runs: Runs) -> list[Entry]:
             return Entry(claim, f"{reported:{spec}}", "", f"{UNKNOWN}: length not run")
         x = [v for v in values(i, key) if not math.isnan(v)]
         if not x:
-            return Entry(claim, f"{reported:{spec}}", "never", DIFFERENT)
+            status = DIFFERENT if full else f"{UNKNOWN}: another size"
+            return Entry(claim, f"{reported:{spec}}", "never", status)
         low, high = prediction_interval(x)
         text = stats.interval(x).text(spec) + f" after {runs[i][0]['steps']} steps"
         if not full:
