@@ -140,16 +140,19 @@ def analyse(rows: list[dict]) -> page.Study:
     others = [name for name in coupled if name not in holding]
     worst = max(x for name in holding or coupled for x in numbers(rows, name, "law_error"))
     pairs = "; ".join("{}: {} predicted, {}".format(name, *onset(rows, name)) for name in names)
-    head = {name: _share(rows, name, "head") for name in (REPORTED, DECOUPLED)}
+    early = {name: early_share(rows, name, "head") for name in (REPORTED, DECOUPLED)}
+    rare = {name: _share(rows, name, "embedding") for name in (REPORTED, DECOUPLED)}
     gap = stats.interval(numbers(rows, REPORTED, "late_entropy_gap"))
     counted = [r["above_1.1"] for r in rows if r["arm"] == REPORTED]
     off = max(abs(c["embedding"] / c["predicted"] - 1) for c in counted)
     result = (
         f"step at which the spread of the logits is halved, predicted without a free parameter and "
         f"measured: {pairs}; largest distance of the spread ratio from the law until then "
-        f"{worst:.3f} in {len(holding)} of {len(coupled)} coupled arms; part of the head's update "
-        f"that is decay: {head[REPORTED].text('.1%')} in the report's recipe, "
-        f"{head[DECOUPLED].text('.2%')} decoupled; entropy of the report's recipe after 0.3 T is "
+        f"{worst:.3f} in {len(holding)} of {len(coupled)} coupled arms; part of the head's updates "
+        f"that is decay, until then: {early[REPORTED].text('.1%')} in the report's recipe, "
+        f"{early[DECOUPLED].text('.2%')} decoupled; of the embedding's, over the run: "
+        f"{rare[REPORTED].text('.1%')}, {rare[DECOUPLED].text('.1%')}; entropy of the report's "
+        f"recipe after 0.3 T is "
         f"{gap.text('+.3f')} from ln V - s^2 / 2; embedding entries above 1.1 within {off:.2%} of "
         "the scalar recursion"
     )
@@ -159,8 +162,9 @@ def analyse(rows: list[dict]) -> page.Study:
             f"no free parameter (at most {worst:.3f} of the initial spread off until it is halved, "
             f"in {len(holding)} of {len(coupled)} arms"
             + (f", not in {', '.join(others)})" if others else ")")
-            + f"; decay is {head[REPORTED].mean:.0%} of every update of the head, decoupled "
-            f"{head[DECOUPLED].mean:.1%}"
+            + f"; until then decay is {early[REPORTED].mean:.0%} of the head's updates (decoupled "
+            f"{early[DECOUPLED].mean:.1%}), and over the whole run {rare[REPORTED].mean:.0%} of "
+            f"the embedding's ({rare[DECOUPLED].mean:.0%})"
         )
     else:
         error = max(numbers(rows, REPORTED, "law_error"))
@@ -187,6 +191,17 @@ def analyse(rows: list[dict]) -> page.Study:
 
 def _share(rows: list[dict], arm: str, group: str) -> stats.Interval:
     return stats.interval(r["shrink"]["mean_share"][group] for r in rows if r["arm"] == arm)
+
+
+def early_share(rows: list[dict], arm: str, group: str) -> stats.Interval:
+    """Mean part of a group's update that is decay, until half the spread is predicted."""
+    found = []
+    for row in rows:
+        if row["arm"] == arm:
+            share, end = row["shrink"]["share"], row["shrink"]["half_step_predicted"]
+            steps = np.array(share["step"])
+            found.append(np.array(share[group])[steps <= (end or steps[-1])].mean())
+    return stats.interval(found)
 
 
 def law_table(rows: list[dict]) -> page.Table:
@@ -265,6 +280,7 @@ def spread_panel(rows: list[dict], chosen: list[str], title: str) -> charts.Pane
 
 def body(request: common.Request) -> None:
     rows = sweep.train_arms(NAME, request, arms(request), extra=measure)
+    rows = [{k: v for k, v in row.items() if k != "curve"} for row in rows]  # `shrink` has its own
     common.conclude(NAME, __doc__, request.workdir, rows, analyse)
 
 

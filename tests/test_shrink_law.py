@@ -116,7 +116,7 @@ def made_rows(error):
                     "half_step": 40.0 + seed, "half_step_predicted": 41.0, "law_error": off,
                     "late_std": 0.1, "late_entropy": 7.5, "late_entropy_gap": -0.01,
                     "late_slope": -0.5, "spread": spread,
-                    "share": {"step": [0, 300]} | {g: [1, head] for g in study.GROUPS},
+                    "share": {"step": [20, 300]} | {g: [head, 9.0] for g in study.GROUPS},
                     "mean_share": dict.fromkeys(study.GROUPS, head),
                 },
             })  # fmt: skip
@@ -126,6 +126,6 @@ def made_rows(error):
 def test_the_text_says_whether_the_reports_recipe_follows_the_law():
     good, bad = study.analyse(made_rows(0.02)), study.analyse(made_rows(0.3))
     assert "shrink as (1 - summed rate / bound)^1.5" in good.conclusion
-    assert "decay is 80% of every update of the head, decoupled 0.1%" in good.conclusion
+    assert "until then decay is 80% of the head's updates (decoupled 0.1%)" in good.conclusion
     assert "do not shrink as the law says: 0.300 of" in bad.conclusion
     assert "the report's: 41 predicted, 40" in good.result
