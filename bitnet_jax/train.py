@@ -154,9 +154,10 @@ def update_scalars(cfg: Config, state: TrainState, hyper: Hyper) -> dict[str, ja
         out[f"decay/update_weight_cosine_{group}"] = optax.tree.vdot(u, w) / jnp.maximum(
             norms, 1e-30
         )
-        # The component of the decay's part along the update: that of the gradient adds to it to 1.
-        out[f"decay/update_share_{group}"] = optax.tree.vdot(parts_d[group], u) / jnp.maximum(
-            optax.tree.vdot(u, u), 1e-30
+        d = parts_d[group]
+        by_decay_norm, rest = optax.tree.norm(d), optax.tree.norm(optax.tree.sub(u, d))
+        out[f"decay/update_share_{group}"] = by_decay_norm / jnp.maximum(
+            by_decay_norm + rest, 1e-30
         )
         out[f"decay/norm_ratio_{group}"] = optax.tree.norm(w) / state.init_norm[group]
     return out

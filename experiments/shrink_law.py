@@ -179,8 +179,8 @@ def analyse(rows: list[dict]) -> page.Study:
         conclusion=conclusion,
         tables=[law_table(rows), share_table(rows), compare.arm_table(rows)],
         figures=[
-            ("Part of each update that is decay, by parameter group; all of it at 1. The rest is "
-             "the gradient's.", charts.panels_svg(share_panels(rows))),
+            ("Decay's part of each update, by parameter group: all of it at 1, as much as the "
+             "gradient's at 0.5.", charts.panels_svg(share_panels(rows))),
             ("Spread of the logits over that at the start: every seed, and the law.",
              charts.panels_svg([spread_panel(rows, coupled[:3], "Warm-ups")])),
             ("The amount of coupled decay is not in the law.",
@@ -242,8 +242,8 @@ def share_table(rows: list[dict]) -> page.Table:
         for arm in compare.by_arm(rows)
     ]
     note = (
-        "Component of the decay's part along the update, over the update, so that the gradient's "
-        "part adds to it to 100 %; mean over the run. matrix: the ternary weights' latents."
+        "Norm of the decay's part over the sum of its norm and that of the gradient's part; mean "
+        "over the run. matrix: the ternary weights' latents."
     )
     return page.Table("Part of the update that is decay", ["arm", *GROUPS], lines, note)
 
@@ -251,7 +251,7 @@ def share_table(rows: list[dict]) -> page.Table:
 def share_panels(rows: list[dict]) -> list[charts.Panel]:
     """Decay's part of the update against step: coupled and decoupled, a line per group and seed."""
     out = []
-    for arm, title in ((REPORTED, "Coupled (the report's)"), (DECOUPLED, "Decoupled")):
+    for arm, title in ((REPORTED, "Coupled"), (DECOUPLED, "Decoupled")):
         series = [
             charts.Series(group, r["shrink"]["share"]["step"], r["shrink"]["share"][group])
             for r in rows
@@ -259,8 +259,8 @@ def share_panels(rows: list[dict]) -> list[charts.Panel]:
             for group in GROUPS
         ]
         boundary = next(r["steps"] for r in rows) // 2
-        out.append(charts.Panel(series, title, "decay's part of the update", boundary,
-                                (("nothing but decay", 1.0), ("none", 0.0))))  # fmt: skip
+        out.append(charts.Panel(series, title, "decay's part", boundary,
+                                (("all decay", 1.0), ("none", 0.0))))  # fmt: skip
     return out
 
 
