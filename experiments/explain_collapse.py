@@ -20,7 +20,7 @@ import itertools
 
 from bitnet_jax import charts
 from experiments import common, compare, page, stats, sweep
-from experiments.coupled_decay import THRESHOLD, count_large
+from experiments.weight_bounds import THRESHOLD, count_large
 
 NAME = "explain_collapse"
 # Each factor: the report's level first. A level is its name in an arm, and what it sets.

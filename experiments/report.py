@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jinja2
 
-from bitnet_jax import charts
 from bitnet_jax.config import UserError
 from experiments import answer, page, results
 
@@ -22,7 +21,6 @@ NAMES = (
     "explain_collapse",
     "shrink_law",
     "end_collapse",
-    "coupled_decay",
     "weight_bounds",
     "sweep_stage2_decay",
     "logit_distribution",
@@ -51,7 +49,7 @@ class Entry:
 
 
 def entries(name: str, folder: Path) -> list[Entry]:
-    """Analyse the rows of an experiment, write its page and its picture for the README.
+    """Analyse the rows of an experiment, write its page.
 
     Raises UserError when there are no rows.
     """
@@ -60,9 +58,6 @@ def entries(name: str, folder: Path) -> list[Entry]:
     parts = results.by_study(rows)
     studies = {label: module.analyse(part) for label, part in parts.items()}
     page.write(folder / f"{name}.html", name, module.__doc__, studies, rows)
-    if hasattr(module, "readme_panels"):
-        largest = max(parts.values(), key=lambda part: part[0]["vocab_size"])
-        charts.save_figure(results.FOLDER / f"{name}.svg", module.readme_panels(largest))
     question = module.__doc__.strip().partition("\n")[0]
     return [
         Entry(name, question, label, study, parts[label][0]["command"], results.cost(parts[label]))

@@ -21,7 +21,7 @@ from pathlib import Path
 from bitnet_jax import charts, log
 from bitnet_jax.config import Config
 from experiments import common, compare, ledger, page, stats, sweep, trajectory
-from experiments.coupled_decay import count_large
+from experiments.weight_bounds import count_large
 
 NAME = "reproduce_report"
 QUICK = (

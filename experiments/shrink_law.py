@@ -25,7 +25,7 @@ import numpy as np
 from bitnet_jax import charts, log, shrink
 from bitnet_jax.config import Config, Hyper, UserError
 from experiments import common, compare, page, stats, sweep
-from experiments.coupled_decay import count_large
+from experiments.weight_bounds import count_large
 
 NAME = "shrink_law"
 QUICK = (*common.SMALL, "run.eval_every=5")

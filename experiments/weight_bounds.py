@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import charts, checkpoint, optim, program, quant, train
+from bitnet_jax import charts, checkpoint, optim, program, quant, shrink, train
 from bitnet_jax.config import Config, Hyper, Replicate
 from experiments import common, compare, page, stats, sweep
 
@@ -172,6 +172,21 @@ def predicted_counts(cfg: Config, hyper: Hyper, size: int, steps: list[int]) -> 
     path = without_gradient(cfg, hyper, start)
     deviation = INIT_STD[cfg.model.layout] * math.sqrt(2)
     return [size * math.erfc(np.interp(THRESHOLD, path[s], start) / deviation) for s in steps]
+
+
+def count_large(workdir: Path, cfg: Config, index: int) -> dict:
+    """Weights above THRESHOLD in the last checkpoint, over all parameters and in the embedding."""
+    saved, replicate, state = sweep.load_replicate(workdir, cfg.run.steps, index)
+    large = jax.tree.map(lambda w: int((np.abs(w) > THRESHOLD).sum()), state.params)
+    embedding, hyper = state.params["embed"]["embedding"], replicate.hyper
+    counts = {
+        "all": sum(jax.tree.leaves(large)),
+        "embedding": large["embed"]["embedding"],
+        "predicted": shrink.count_above(THRESHOLD, embedding.size, saved.optim, saved.run, hyper)
+        if hyper.coupled_1
+        else None,
+    }
+    return {"above_1.1": counts}
 
 
 COUNTS = ("above_1", "above_1.1", "outside")

@@ -35,8 +35,8 @@ def test_only_the_part_between_the_markers_is_replaced():
 
 def test_an_experiment_without_rows_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.results.FOLDER", tmp_path)
-    with pytest.raises(UserError, match=r"coupled_decay.jsonl has no rows"):
-        report.entries("coupled_decay", tmp_path)
+    with pytest.raises(UserError, match=r"weight_bounds.jsonl has no rows"):
+        report.entries("weight_bounds", tmp_path)
 
 
 def test_every_experiment_of_the_report_asks_one_question_in_its_first_line():
