@@ -49,6 +49,7 @@ def b158_arms(steps: int) -> tuple[str, str]:
 
 def arms(request: common.Request) -> list[sweep.Arm]:
     """The one-line changes at the shortest length; the published recipe and its twin at all."""
+    reproduce_report.check_tracking(request.cfg)
     lengths = [k * request.cfg.run.steps for k in request.lengths]
     found = [
         sweep.Arm(line_arm(name, lengths[0]), recipe, hyper, run={"steps": lengths[0]})
@@ -77,7 +78,8 @@ def with_control(trained: list[dict], rows: list[dict]) -> list[dict]:
     if missing:
         raise UserError(
             f"no row of reproduce_report for seeds {sorted(missing)} of {label}; run "
-            "experiments.reproduce_report with the same flags first"
+            "experiments.reproduce_report with the same flags and then this again (its runs are "
+            "kept)"
         )
     return control + trained
 

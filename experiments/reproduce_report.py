@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 
 from bitnet_jax import charts, log
-from bitnet_jax.config import Config
+from bitnet_jax.config import Config, UserError
 from experiments import common, compare, ledger, page, stats, sweep, trajectory
 from experiments.weight_bounds import count_large
 
@@ -37,11 +37,21 @@ PARTIAL = 452  # evaluations in the report's logs of its two longer runs
 
 
 def arms(request: common.Request) -> list[sweep.Arm]:
-    """The report's recipe at each length."""
+    """The report's recipe at each length; raises UserError as `check_tracking` does."""
+    check_tracking(request.cfg)
     base = request.cfg.run.steps
     return [
         sweep.Arm(f"{k * base} steps", "report", run={"steps": k * base}) for k in request.lengths
     ]
+
+
+def check_tracking(cfg: Config) -> None:
+    """Raise UserError unless the evaluations track the first training batch, as the report's do."""
+    if cfg.data.track != "first_batch":
+        raise UserError(
+            f"data.track={cfg.data.track}: the report tracks its first training batch; use "
+            "first_batch"
+        )
 
 
 def numbers(base: int, workdir: Path, cfg: Config, index: int) -> dict:

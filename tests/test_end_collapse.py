@@ -72,7 +72,8 @@ def rows(lines=(), **b158):
 
 def test_arms_are_one_line_each_at_the_shortest_length_and_b158_at_all(tmp_path):
     cfg = presets.preset("tiny")
-    cfg = replace(cfg, run=replace(cfg.run, steps=20))
+    data = replace(cfg.data, track="first_batch")
+    cfg = replace(cfg, data=data, run=replace(cfg.run, steps=20))
     request = common.Request("tiny", cfg, [0], {}, [], tmp_path, True, None, (1, 10))
     arms = study.arms(request)
     assert [arm.run["steps"] for arm in arms] == [20] * 5 + [20, 20, 200, 200]
@@ -91,6 +92,14 @@ def test_arms_are_one_line_each_at_the_shortest_length_and_b158_at_all(tmp_path)
     assert changed[study.line_arm("decay on matrices only", 20)] == 1
     assert changed[study.line_arm("no decay in stage 2", 20)] == 1
     assert min(changed.values()) > 0
+
+
+def test_another_tracking_is_refused(tmp_path):
+    request = common.Request(
+        "tiny", presets.preset("tiny"), [0], {}, [], tmp_path, True, None, (1,)
+    )
+    with pytest.raises(UserError, match="data.track=validation: the report tracks its first"):
+        study.arms(request)
 
 
 def test_lines_that_end_it_in_every_seed_are_named_and_the_others_too():
