@@ -98,7 +98,7 @@ def test_another_tracking_is_refused(tmp_path):
     request = common.Request(
         "tiny", presets.preset("tiny"), [0], {}, [], tmp_path, True, None, (1,)
     )
-    with pytest.raises(UserError, match="data.track=validation: the report tracks its first"):
+    with pytest.raises(UserError, match=r"data.track=validation: the report tracks its first"):
         study.arms(request)
 
 
