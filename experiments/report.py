@@ -83,9 +83,13 @@ def markdown(found: list[Entry]) -> str:
 
 
 def answers(found: list[Entry]) -> str:
-    """The generated part of README.md: a question and its answer per experiment and study."""
+    """The generated table of README.md: a question and its answer per experiment and study.
+
+    Without the experiments that the answer above it is made of.
+    """
+    told = {module.NAME for _, module, _ in answer.PARTS}
     lines = ["| question | answer |", "|---|---|"]
-    for e in found:
+    for e in (e for e in found if e.name not in told):
         where = f"{e.label.partition(',')[0]}, {e.label.rpartition(', ')[2]}"
         cells = (f"[{e.question}](experiments/{e.name}.py) ({where})", e.study.answer)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -130,7 +130,8 @@ def analyse(rows: list[dict]) -> page.Study:
     )
     conclusion = (
         f"{collapsed} of {len(rows)} runs of the report's recipe end above the unigram's loss "
-        f"({lengths} steps); of the report's {len(entries)} claims: {told}"
+        f"({unigram:.2f}): {', '.join(f.text() for f in final)} after {lengths} steps; of the "
+        f"report's {len(entries)} numeric claims: {told}"
     )
     return page.Study(
         arms=f"the report's recipe for {lengths} steps",
