@@ -130,8 +130,8 @@ def analyse(rows: list[dict]) -> page.Study:
     ranked = sorted(names, key=lambda name: spread[name].mean)
     result = (
         f"held-out loss of the report's recipe {baseline.text()}, unigram {unigram:.2f}; its "
-        f"change by one factor alone: {told(single, names)}; averaged over all settings of the others: "
-        f"{told(spread, ranked)}"
+        f"change by one factor alone: {told(single, names)}; averaged over all settings of the "
+        f"others: {told(spread, ranked)}"
     )
     rest = [name for name in names if name not in found]
     if not found:
