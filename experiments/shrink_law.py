@@ -24,7 +24,7 @@ import numpy as np
 
 from bitnet_jax import charts, log, shrink
 from bitnet_jax.config import Config, Hyper, UserError
-from experiments import common, compare, page, stats, sweep
+from experiments import common, compare, page, stats, sweep, trajectory
 from experiments.weight_bounds import count_large
 
 NAME = "shrink_law"
@@ -79,7 +79,7 @@ def measure(workdir: Path, cfg: Config, index: int) -> dict:
     ends = np.unique(np.linspace(0, len(evals) - 1, POINTS).astype(int))
     shares = {g: [_short(train[i][f"decay/update_share_{g}"]) for i in keep] for g in GROUPS}
     found = {
-        "half_step": half_step(steps, ratio),
+        "half_step": trajectory.half_step(steps, ratio),
         "half_step_predicted": None if expected is None else _short(expected),
         "law_error": _short(np.abs(ratio - law)[early].max()),
         "late_std": _short(std[late].mean()),
@@ -101,15 +101,6 @@ def measure(workdir: Path, cfg: Config, index: int) -> dict:
 
 def _short(x: float) -> float:
     return float(f"{x:.4g}")
-
-
-def half_step(steps: np.ndarray, ratio: np.ndarray) -> float | None:
-    """First step at which `ratio` has fallen to 1/2, interpolated; None when it never has."""
-    below = np.flatnonzero(ratio <= 0.5)
-    if not len(below):
-        return None
-    i = below[0]
-    return _short(np.interp(0.5, ratio[i - 1 : i + 1][::-1], steps[i - 1 : i + 1][::-1]))
 
 
 def numbers(rows: list[dict], arm: str, key: str) -> list[float]:

@@ -112,6 +112,16 @@ def episodes(path: Trajectory) -> list[Episode]:
     return found
 
 
+def half_step(steps: np.ndarray, ratio: np.ndarray) -> float | None:
+    """First step at which `ratio` has fallen to 1/2, interpolated; None when it never has."""
+    below = np.flatnonzero(ratio <= 0.5)
+    if not len(below):
+        return None
+    i = below[0]
+    at = np.interp(0.5, ratio[i - 1 : i + 1][::-1], steps[i - 1 : i + 1][::-1])
+    return round(float(at), 2)
+
+
 def milestones(path: Trajectory, at: list[int]) -> dict[int, int]:
     """Distinct predictions at exact steps; raises UserError for a step without evaluation."""
     unique = dict(zip(path.steps.tolist(), path.unique.tolist(), strict=True))

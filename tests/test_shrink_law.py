@@ -90,12 +90,6 @@ def test_a_log_that_keeps_its_spread_breaks_the_law(tmp_path):
     assert 0.4 < found["law_error"] <= 0.5
 
 
-def test_half_step_is_interpolated():
-    steps = np.array([0, 10, 20, 30])
-    assert study.half_step(steps, np.array([1.0, 0.6, 0.4, 0.7])) == pytest.approx(15)
-    assert study.half_step(steps, np.array([1.0, 0.9, 0.8, 0.7])) is None
-
-
 def made_rows(error):
     """Two seeds of three arms; the report's arm is `error` off the law."""
     found = []

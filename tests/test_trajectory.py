@@ -115,3 +115,9 @@ def test_block_bootstrap_needs_two_blocks():
     with pytest.raises(ValueError, match="39 values are fewer than two blocks of 20"):
         trajectory.block_bootstrap(np.ones(39))
     assert trajectory.block_bootstrap(np.ones(41)) == (1.0, 1.0)
+
+
+def test_half_step_is_interpolated():
+    steps = np.array([0, 10, 20, 30])
+    assert trajectory.half_step(steps, np.array([1.0, 0.6, 0.4, 0.7])) == pytest.approx(15)
+    assert trajectory.half_step(steps, np.array([1.0, 0.9, 0.8, 0.7])) is None
