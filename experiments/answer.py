@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from bitnet_jax import charts
 from experiments import (
+    compare,
     end_collapse,
     explain_collapse,
     ledger,
@@ -24,11 +25,11 @@ from experiments import (
 
 PICTURE = results.FOLDER / "answer.svg"
 COUPLED, DECOUPLED, PUBLISHED = "the report's recipe", "one line changed: AdamW", "published recipe"
-PARTS = (
-    ("Reproduced", reproduce_report, 1),
+PARTS = (  # title, experiment, number of pictures
+    ("Reproduced", reproduce_report, 2),
     ("Explained: which factor", explain_collapse, 1),
     ("Explained: how", shrink_law, 2),
-    ("Ended", end_collapse, 1),
+    ("Ended", end_collapse, 3),
 )
 
 
@@ -55,10 +56,25 @@ def largest(rows: list[dict]) -> tuple[str, list[dict]]:
     )
 
 
+def richest(rows: list[dict]) -> tuple[str, list[dict]]:
+    """Label and rows of the study with most arms, then the largest."""
+    studies = results.by_study(rows)
+    most = max(len(compare.by_arm(members)) for members in studies.values())
+    return largest([
+        row
+        for members in studies.values()
+        if len(compare.by_arm(members)) == most
+        for row in members
+    ])  # fmt: skip
+
+
 def part(title: str, module, n_figures: int) -> Part:
-    """Analyse the committed rows of an experiment; raises UserError when there are none."""
+    """Analyse the committed rows of an experiment; raises UserError when there are none.
+
+    Shown is the study of the largest model, but of the one-line changes that with most of them.
+    """
     rows = results.load(module.NAME)
-    label, chosen = largest(rows)
+    label, chosen = richest(rows) if module is end_collapse else largest(rows)
     study = module.analyse(chosen)
     others = [
         (other, module.analyse(members).answer)

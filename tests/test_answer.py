@@ -102,6 +102,15 @@ def test_the_largest_study_is_the_one_with_the_largest_vocabulary_then_the_longe
     assert chosen == [row(500, 200)]
 
 
+def test_the_richest_study_has_most_arms():
+    def row(arm, vocab):
+        seen = {"preset": "tiny", "corpus": "books", "batch": [4, 16], "steps": 9}
+        return seen | {"arm": arm, "vocab_size": vocab}
+
+    many = [row("a", 300), row("b", 300)]
+    assert answer.richest([*many, row("a", 500)])[1] == many
+
+
 def test_an_answer_without_rows_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.results.FOLDER", tmp_path)
     with pytest.raises(UserError, match=r"reproduce_report.jsonl has no rows"):
