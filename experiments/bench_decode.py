@@ -17,8 +17,7 @@ share of the tokens is that of the first program.
 Prints a table, and the memory of packed weights; appends a row per measurement to
 experiments/results/bench_decode.jsonl. A ratio says how many times faster than transformers; the
 aim is at least 4 at batch 1 on a CPU and 10 on an H200. There is no Pallas kernel: only a GPU could
-show that it wins, and none was at hand. On two cores `report` takes about 5 minutes and `125m`,
-with `--tokens 16`, about 10.
+show that it wins, and none was at hand. On two cores `report` takes about 2 minutes.
 
     python -m experiments.bench_decode
     python -m experiments.bench_decode --preset 125m --tokens 16
@@ -199,6 +198,8 @@ def make_generate(model: ModelConfig, params, *, online: bool):
     """Return decode(prompts_BP, n_new) -> new tokens [B, N] of transformers with our parameters."""
     import torch  # optional, and only for this comparison
 
+    # Past its default of 8 shapes torch.compile would leave the quantisers uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     peer = make_peer(model, params)
     if not online:
