@@ -17,10 +17,10 @@ share of the tokens is that of the first program.
 Prints a table, and the memory of packed weights; appends a row per measurement to
 experiments/results/bench_decode.jsonl. A ratio says how many times faster than transformers; the
 aim is at least 4 at batch 1 on a CPU and 10 on an H200. There is no Pallas kernel: only a GPU could
-show that it wins, and none was at hand. On two cores `report` takes about 2 minutes.
+show that it wins, and none was at hand. On two cores the commands take 100 and 68 seconds.
 
     python -m experiments.bench_decode
-    python -m experiments.bench_decode --preset 125m --tokens 16
+    python -m experiments.bench_decode --preset 125m --tokens 16 --batches 1 --rounds 3
 """
 
 import argparse
