@@ -82,7 +82,8 @@ def part(title: str, module, n_figures: int) -> Part:
         if other != label
     ]
     figures = [(caption, Markup(svg)) for caption, svg in study.figures[:n_figures]]
-    command, cost = chosen[0]["command"], results.cost(chosen)
+    mine = results.own(module.NAME, chosen)
+    command, cost = mine[0]["command"], results.cost(mine)
     return Part(title, module.NAME, label, study, figures, others, command, cost)
 
 
@@ -164,7 +165,8 @@ def verdict(rows: list[dict]) -> str:
     if coupling and not arithmetic:
         return (
             "No: the collapse is neither structural nor the fault of ternary weights. Weight decay "
-            "that is coupled into Adam shrinks the embedding and the head to nothing."
+            "that is coupled into Adam shrinks the embedding and the head to nothing; the same "
+            "decay decoupled, as in AdamW, does not."
         )
     if arithmetic and not coupling:
         return "Yes: without ternary weights the collapse ends, and decoupling the decay does not."

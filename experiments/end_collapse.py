@@ -120,7 +120,7 @@ def analyse(rows: list[dict]) -> page.Study:
         lost = [line for line in tried if line not in ending]
         conclusion = (
             f"one line ends the collapse of the report's recipe in every seed: "
-            f"{' or '.join(ending)} (lowest loss: {best}, {stats.effect_text(effects[best])} nats)"
+            f"{' or '.join(ending)} (by most: {best}, {stats.effect_text(effects[best])} nats)"
             + (f"; {' and '.join(lost)} do{'es' * (len(lost) == 1)} not" if lost else "")
         )
     else:

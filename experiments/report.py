@@ -59,8 +59,9 @@ def entries(name: str, folder: Path) -> list[Entry]:
     studies = {label: module.analyse(part) for label, part in parts.items()}
     page.write(folder / f"{name}.html", name, module.__doc__, studies, rows)
     question = module.__doc__.strip().partition("\n")[0]
+    mine = {label: results.own(name, part) for label, part in parts.items()}
     return [
-        Entry(name, question, label, study, parts[label][0]["command"], results.cost(parts[label]))
+        Entry(name, question, label, study, mine[label][0]["command"], results.cost(mine[label]))
         for label, study in studies.items()
     ]
 

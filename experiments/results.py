@@ -72,6 +72,11 @@ def by_study(rows: list[dict]) -> dict[str, list[dict]]:
     return studies
 
 
+def own(name: str, rows: list[dict]) -> list[dict]:
+    """The rows that an experiment trained, without those that it took from another for contrast."""
+    return [row for row in rows if row["id"].startswith(f"{name}-")]
+
+
 def command(argv: list[str]) -> str:
     """The command line of a run without its --workdir and without the folders of files."""
     words = [re.sub(r"[^=:\s]*/", "", word) for word in argv[1:]]

@@ -171,7 +171,8 @@ def analyse(rows: list[dict]) -> page.Study:
         tables=[law_table(rows), share_table(rows), compare.arm_table(rows)],
         figures=[
             ("Decay's part of each update, by parameter group: all of it at 1, as much as the "
-             "gradient's at 0.5.", charts.panels_svg(share_panels(rows))),
+             "gradient's at 0.5. The dip after the switch: Adam remembers the larger decay.",
+             charts.panels_svg(share_panels(rows))),
             ("Spread of the logits over that at the start: every seed, and the law.",
              charts.panels_svg([spread_panel(rows, coupled[:3], "Warm-ups")])),
             ("The amount of coupled decay is not in the law.",
