@@ -26,10 +26,10 @@ from experiments import (
 PICTURE = results.FOLDER / "answer.svg"
 COUPLED, DECOUPLED, PUBLISHED = "the report's recipe", "one line changed: AdamW", "published recipe"
 PARTS = (  # title, experiment, number of pictures
-    ("Reproduced", reproduce_report, 2),
+    ("Reproduced", reproduce_report, 0),
     ("Explained: which factor", explain_collapse, 1),
-    ("Explained: how", shrink_law, 2),
-    ("Ended", end_collapse, 3),
+    ("Explained: how", shrink_law, 4),
+    ("Ended", end_collapse, 1),
 )
 
 

@@ -275,8 +275,9 @@ def figures(rows: list[dict], first: int, lengths: list[int]) -> list[tuple[str,
     return [
         (caption, dots),
         *(
-            ("Every seed; dashed: the end of stage 1.", charts.panels_svg(curve_panels(rows, t)))
+            ("One line per seed.", charts.panels_svg([panel]))
             for t in lengths
+            for panel in curve_panels(rows, t)
         ),
     ]
 

@@ -1,7 +1,7 @@
 """The report's numeric claims, recomputed from rows of `reproduce_report`.
 
 Statuses: reproduced (within the 95 % prediction interval for one more run of ours), not reproduced,
-explained (the number follows from something that the report did not say), contradicts the report
+explained (the number follows from something that the report did not say), self-contradictory
 (two of its own statements exclude each other), not checkable (it does not say enough).
 """
 
@@ -16,7 +16,7 @@ from experiments import stats
 from experiments.page import Table
 
 REPRODUCED, DIFFERENT = "reproduced", "not reproduced"
-EXPLAINED, CONTRADICTION, UNKNOWN = "explained", "contradicts the report", "not checkable"
+EXPLAINED, CONTRADICTION, UNKNOWN = "explained", "self-contradictory", "not checkable"
 FULL = (1000, 10_000, 20_000)
 VOCABULARY = 50257
 

@@ -124,18 +124,18 @@ def analyse(rows: list[dict]) -> page.Study:
     there = [run for run in runs if run]
     final = [stats.interval(r["final"]["eval/loss"] for r in run) for run in there]
     collapsed = sum(r["final"]["eval/loss"] > unigram for r in rows)
-    lengths = ", ".join(f"{run[0]['steps']} (n={len(run)})" for run in there)
+    lengths = ", ".join(f"{run[0]['steps']} steps (n={len(run)})" for run in there)
     result = (
-        f"held-out loss after {lengths} steps: {', '.join(f.text() for f in final)} (unigram "
+        f"held-out loss after {lengths}: {', '.join(f.text() for f in final)} (unigram "
         f"{unigram:.2f}); ledger: {told}"
     )
     conclusion = (
         f"{collapsed} of {len(rows)} runs of the report's recipe end above the unigram's loss "
-        f"({unigram:.2f}): {', '.join(f.text() for f in final)} after {lengths} steps; of the "
+        f"({unigram:.2f}): {', '.join(f.text() for f in final)} after {lengths}; of the "
         f"report's {len(entries)} numeric claims: {told}"
     )
     return page.Study(
-        arms=f"the report's recipe for {lengths} steps",
+        arms=f"the report's recipe for {lengths}",
         n=n,
         result=result,
         conclusion=conclusion,

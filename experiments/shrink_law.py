@@ -35,6 +35,10 @@ DECAYS = (0.001, 0.01, 1.0)  # of stage 1; half of it in stage 2
 GROUPS = ("embedding", "head", "matrix")
 LAW_HOLDS = 0.1  # largest distance of a spread ratio from the law
 POINTS = 50
+SHARES = (
+    "Decay's part of each update, by parameter group: all of it at 1, as much as the gradient's at "
+    "0.5. The dip after the switch: Adam remembers the larger decay."
+)
 
 
 def arms(request: common.Request) -> list[sweep.Arm]:
@@ -170,9 +174,7 @@ def analyse(rows: list[dict]) -> page.Study:
         conclusion=conclusion,
         tables=[law_table(rows), share_table(rows), compare.arm_table(rows)],
         figures=[
-            ("Decay's part of each update, by parameter group: all of it at 1, as much as the "
-             "gradient's at 0.5. The dip after the switch: Adam remembers the larger decay.",
-             charts.panels_svg(share_panels(rows))),
+            *((SHARES, charts.panels_svg([panel])) for panel in share_panels(rows)),
             ("Spread of the logits over that at the start: every seed, and the law.",
              charts.panels_svg([spread_panel(rows, coupled[:3], "Warm-ups")])),
             ("The amount of coupled decay is not in the law.",
