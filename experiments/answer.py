@@ -7,7 +7,6 @@ largest model is shown; what its other studies found stands below it.
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from bitnet_jax import charts
@@ -211,14 +210,8 @@ def write(path: Path) -> str:
     _, reproduced = largest(results.load(reproduce_report.NAME))
     claims = ledger.table(ledger.recompute(reproduce_report.by_length(reproduced)))
     factorial = largest(results.load(explain_collapse.NAME))[1]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    html = environment.get_template("answer.html.jinja").render(
+    html = page.render(
+        "answer.html.jinja",
         verdict=verdict(factorial),
         table=table,
         label=label,

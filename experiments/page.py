@@ -59,10 +59,8 @@ def console(label: str, study: Study) -> str:
     return "\n\n".join(parts) + f"\n\nresult: {study.result}\nconclusion: {study.answer}"
 
 
-def write(path: Path, name: str, doc: str, studies: dict[str, Study], rows: list[dict]) -> Path:
-    """Write one self-contained page about an experiment; `studies` maps labels to analyses."""
-    question, _, rest = doc.strip().partition("\n")
-    first = rows[0]
+def render(template: str, **values) -> str:
+    """A template of this folder with its values; a value that is missing raises."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -70,7 +68,15 @@ def write(path: Path, name: str, doc: str, studies: dict[str, Study], rows: list
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    html = environment.get_template("page.html.jinja").render(
+    return environment.get_template(template).render(**values)
+
+
+def write(path: Path, name: str, doc: str, studies: dict[str, Study], rows: list[dict]) -> Path:
+    """Write one self-contained page about an experiment; `studies` maps labels to analyses."""
+    question, _, rest = doc.strip().partition("\n")
+    first = rows[0]
+    html = render(
+        "page.html.jinja",
         name=name,
         question=question,
         about=rest.strip(),

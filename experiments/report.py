@@ -11,8 +11,6 @@ import importlib
 import sys
 from pathlib import Path
 
-import jinja2
-
 from bitnet_jax.config import UserError
 from experiments import answer, page, results
 
@@ -117,11 +115,8 @@ def main() -> None:
         (README, "rows", answers(found)),
     ):
         path.write_text(replace_part(path.read_text(), name, part))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
-    )
     index = folder / "index.html"
-    index.write_text(environment.get_template("index.html.jinja").render(entries=found))
+    index.write_text(page.render("index.html.jinja", entries=found))
     print(f"{len(found)} studies of {len(NAMES)} experiments in {index} and both README.md")
     print(f"the answer: {folder / 'answer.html'}")
 
