@@ -177,7 +177,7 @@ def analyse(rows: list[dict]) -> page.Study:
             *((SHARES, charts.panels_svg([panel])) for panel in share_panels(rows)),
             ("Spread of the logits over that at the start: every seed, and the law.",
              charts.panels_svg([spread_panel(rows, coupled[:3], "Warm-ups")])),
-            ("The amount of coupled decay is not in the law.",
+            ("The law has no amount of decay in it; it is for decay that outweighs the gradient.",
              charts.panels_svg([spread_panel(rows, [REPORTED, *coupled[3:]], "Amounts of decay")])),
         ],
     )  # fmt: skip
