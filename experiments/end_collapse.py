@@ -128,7 +128,8 @@ def analyse(rows: list[dict]) -> page.Study:
     if lengths:
         conclusion += f"; the published recipe: {published_summary(rows, lengths)}"
     return page.Study(
-        arms=f"{len(tried)} one-line changes; b158 and its full-precision twin; {len(names)} arms",
+        arms=f"the report's recipe; it with one line changed: {', '.join(tried)}"
+        + (f"; b158 and its twin, {', '.join(map(str, lengths))} steps" if lengths else ""),
         n=n,
         result=result,
         conclusion=conclusion,
