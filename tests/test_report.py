@@ -106,6 +106,7 @@ def make_rows(config, *, every=20, until=None):
                     "train/grad_norm": 0.4 * math.exp(-t) * (1 + 5 * abs(wiggle)),
                     "train/lr": 1.5e-3 * min(1, step / 25) * (1 - t),
                     "decay/update_weight_cosine_embedding": -0.97 if fades else 0.03 + wiggle,
+                    "decay/update_share_embedding": 0.9 if fades else 0.1,
                     "decay/norm_ratio_embedding": 1 - 0.6 * t if fades else 1 + 0.2 * t,
                 }
                 rows.append({"step": step, "replicate": i, "kind": "train", **train})
