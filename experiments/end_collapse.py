@@ -135,7 +135,7 @@ def analyse(rows: list[dict]) -> page.Study:
         conclusion=conclusion,
         tables=[
             line_table(rows, first),
-            published_table(rows, lengths),
+            *([published_table(rows, lengths)] if lengths else []),
             sample_table(rows),
             compare.arm_table(rows),
         ],
