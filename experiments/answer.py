@@ -24,11 +24,11 @@ from experiments import (
 
 PICTURE = results.FOLDER / "answer.svg"
 COUPLED, DECOUPLED, PUBLISHED = "the report's recipe", "one line changed: AdamW", "published recipe"
-PARTS = (  # title, experiment, number of pictures
-    ("Reproduced", reproduce_report, 0),
-    ("Explained: which factor", explain_collapse, 1),
-    ("Explained: how", shrink_law, 4),
-    ("Ended", end_collapse, 1),
+PARTS = (  # title, experiment, which of its pictures
+    ("Reproduced", reproduce_report, ()),
+    ("Explained: which factor", explain_collapse, (0,)),
+    ("Explained: how", shrink_law, (0, 1, 2, 3)),
+    ("Ended", end_collapse, (0, -2)),  # one line at a time; the loss at the longest length
 )
 
 
@@ -67,7 +67,7 @@ def richest(rows: list[dict]) -> tuple[str, list[dict]]:
     ])  # fmt: skip
 
 
-def part(title: str, module, n_figures: int) -> Part:
+def part(title: str, module, shown: tuple[int, ...]) -> Part:
     """Analyse the committed rows of an experiment; raises UserError when there are none.
 
     Shown is the study of the largest model, but of the one-line changes that with most of them.
@@ -80,7 +80,7 @@ def part(title: str, module, n_figures: int) -> Part:
         for other, members in results.by_study(rows).items()
         if other != label
     ]
-    figures = [(caption, Markup(svg)) for caption, svg in study.figures[:n_figures]]
+    figures = [(caption, Markup(svg)) for caption, svg in (study.figures[i] for i in shown)]
     mine = results.own(module.NAME, chosen)
     command, cost = mine[0]["command"], results.cost(mine)
     return Part(title, module.NAME, label, study, figures, others, command, cost)
