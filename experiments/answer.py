@@ -174,8 +174,11 @@ def verdict(rows: list[dict]) -> str:
     return "Open: neither decoupling the decay nor full precision ends the collapse."
 
 
-def markdown(parts: list[Part], table: page.Table) -> str:
-    """The head of the README: verdict, picture, table, and one sentence per part."""
+def markdown(parts: list[Part], table: page.Table, label: str, command: str) -> str:
+    """The head of the README: verdict, picture, table, and one sentence per part.
+
+    `label` and `command` are those of the table's study.
+    """
     factorial = largest(results.load(explain_collapse.NAME))[1]
     picture_path = PICTURE.relative_to(Path(__file__).parents[1])
     lines = [
@@ -187,14 +190,14 @@ def markdown(parts: list[Part], table: page.Table) -> str:
         "|" + "---|" * len(table.columns),
         *("| " + " | ".join(row) + " |" for row in table.rows),
         "",
-        f"{table.title}; {parts[-1].label.partition(',')[0]}. {table.note}",
+        f"{table.title}; {label}. {table.note}",
         "",
     ]
     for p in parts:
         lines.append(f"- **{p.title}** ([`{p.name}`](experiments/{p.name}.py), {p.label}): "
                      f"{p.study.answer}")  # fmt: skip
         lines += [f"  - {label}: {answer}" for label, answer in p.others]
-    commands = dict.fromkeys(p.command for p in parts)
+    commands = dict.fromkeys([*(p.command for p in parts), command])
     return "\n".join([*lines, "", "```", *commands, "```"])
 
 
@@ -221,4 +224,5 @@ def write(path: Path) -> str:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
-    return markdown(parts, table)
+    command = results.own(end_collapse.NAME, ended)[0]["command"]
+    return markdown(parts, table, label, command)
