@@ -206,9 +206,11 @@ def theory(runs: list[list[dict]]) -> page.Table:
         curves = [(np.array(r["curve"]["step"]), r["curve"]["collapse/logit_std"]) for r in run]
         halved = [trajectory.half_step(steps, np.array(std) / std[0]) for steps, std in curves]
         there = [x for x in halved if x is not None]
+        told = stats.interval(there).text(".0f") if there else "never"
+        if step is not None and curves[0][0][1] > step / 3:
+            told = "points too far apart"
         lines.append([
-            f"{first['steps']} steps", "never" if step is None else f"{step:.0f}",
-            stats.interval(there).text(".0f") if there else "never",
+            f"{first['steps']} steps", "never" if step is None else f"{step:.0f}", told,
             f"{first['above_1.1']['predicted']:,.0f}",
             stats.interval(r["above_1.1"]["embedding"] for r in run).text(",.0f"),
         ])  # fmt: skip
