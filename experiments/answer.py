@@ -157,14 +157,15 @@ def picture(rows: list[dict]) -> list[charts.Panel]:
     return out
 
 
-def verdict(rows: list[dict]) -> str:
-    """Yes or no to the report's conclusion, from the factorial."""
-    ending = explain_collapse.ending(rows)
-    coupling, arithmetic = "decay enters" in ending, "arithmetic" in ending
+def verdict(studies: list[list[dict]]) -> str:
+    """Yes or no to the report's conclusion, from the factorial on every corpus it was run on."""
+    ending = [explain_collapse.ending(rows) for rows in studies]
+    coupling = all("decay enters" in changes for changes in ending)
+    arithmetic = any("arithmetic" in changes for changes in ending)
     if coupling and not arithmetic:
         return (
             "No: the collapse is neither structural nor the fault of ternary weights. Weight decay "
-            "that is coupled into Adam shrinks the embedding and the head to nothing; the same "
+            "that is coupled into Adam shrinks the output head, and the logits with it; the same "
             "decay decoupled, as in AdamW, does not."
         )
     if arithmetic and not coupling:
@@ -174,15 +175,14 @@ def verdict(rows: list[dict]) -> str:
     return "Open: neither decoupling the decay nor full precision ends the collapse."
 
 
-def markdown(parts: list[Part], table: page.Table, label: str, command: str) -> str:
-    """The head of the README: verdict, picture, table, and one sentence per part.
+def markdown(told: str, parts: list[Part], table: page.Table, label: str, command: str) -> str:
+    """The head of the README: the verdict as `told`, picture, table, and one sentence per part.
 
     `label` and `command` are those of the table's study.
     """
-    factorial = largest(results.load(explain_collapse.NAME))[1]
     picture_path = PICTURE.relative_to(Path(__file__).parents[1])
     lines = [
-        f"**{verdict(factorial)}**",
+        f"**{told}**",
         "",
         f"![distinct predictions and held-out loss against step]({picture_path})",
         "",
@@ -209,20 +209,21 @@ def write(path: Path) -> str:
     parts = [part(*p) for p in PARTS]
     label, ended = largest(results.load(end_collapse.NAME))
     table = headline_table(ended)
-    charts.save_figure(PICTURE, picture(ended))
+    panels = picture(ended)
+    charts.save_figure(PICTURE, panels)
     _, reproduced = largest(results.load(reproduce_report.NAME))
     claims = ledger.table(ledger.recompute(reproduce_report.by_length(reproduced)))
-    factorial = largest(results.load(explain_collapse.NAME))[1]
+    told = verdict(list(results.by_study(results.load(explain_collapse.NAME)).values()))
     html = page.render(
         "answer.html.jinja",
-        verdict=verdict(factorial),
+        verdict=told,
         table=table,
         label=label,
-        hero=Markup(charts.panels_svg(picture(ended))),
+        hero=Markup(charts.panels_svg(panels)),
         parts=parts,
         ledger=claims,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
     command = results.own(end_collapse.NAME, ended)[0]["command"]
-    return markdown(parts, table, label, command)
+    return markdown(told, parts, table, label, command)

@@ -32,11 +32,8 @@ class Request:
     only: tuple[str, ...] = ()  # of such a study: parts of the names of the arms to train
 
 
-# The report's model, smaller: what `--preset quick` means for an experiment of many arms.
-SMALL = (
-    "model.layout=report",
-    "model.tied_embedding=false",
-    "model.rope_theta=10000",
+# A model, smaller: what `--preset quick` means for an experiment of many arms.
+SIZE = (
     "model.d_model=128",
     "model.n_layers=2",
     "model.d_ff=256",
@@ -45,6 +42,13 @@ SMALL = (
     "data.eval_batches=4",
     "run.steps=300",
     "run.save_every=300",
+)
+# The same of the report's layout.
+SMALL = (
+    "model.layout=report",
+    "model.tied_embedding=false",
+    "model.rope_theta=10000",
+    *SIZE,
 )
 
 

@@ -140,7 +140,8 @@ def analyse(rows: list[dict]) -> page.Study:
             f"seeds: {told(single, names)}"
         )
     else:
-        conclusion = f"each alone ends the collapse in all {n} seeds: {told(single, found)}"
+        which = "each alone ends" if len(found) > 1 else "one change alone ends"
+        conclusion = f"{which} the collapse in all {n} seeds: {told(single, found)}"
         if rest:
             conclusion += f"; none of these does: {told(single, rest)}"
     return page.Study(

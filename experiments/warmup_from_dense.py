@@ -28,17 +28,7 @@ from bitnet_jax.config import Hyper
 from experiments import common, compare, page, stats, sweep
 
 NAME = "warmup_from_dense"
-QUICK = (
-    "model.d_model=128",
-    "model.n_layers=2",
-    "model.d_ff=256",
-    "data.tokenizer=bpe:2048",
-    "data.seq_len=32",
-    "data.eval_batches=4",
-    "run.steps=300",
-    "run.eval_every=15",
-    "run.save_every=300",
-)
+QUICK = (*common.SIZE, "run.eval_every=15")
 DENSE, SCRATCH, ABRUPT, CEILING = "dense", "from scratch", "no warm-up", "still dense"
 WARMUPS = {"warm-up over T/10": 10, "warm-up over T/2": 2}
 OFF = {"weight_quant": 0.0, "act_quant": 0.0}

@@ -41,7 +41,14 @@ def factorial(heals):
     ],
 )
 def test_the_verdict_can_go_every_way(heals, told):
-    assert answer.verdict(factorial(heals)).startswith(told)
+    assert answer.verdict([factorial(heals)]).startswith(told)
+
+
+def test_the_verdict_needs_every_study():
+    good = factorial(lambda levels: levels[0] == "decoupled")
+    bad = factorial(lambda levels: False)
+    assert answer.verdict([good, good]).startswith("No: ")
+    assert answer.verdict([good, bad]).startswith("Open: ")
 
 
 def ended(steps=100):
