@@ -19,6 +19,13 @@ REPRODUCED, DIFFERENT = "reproduced", "not reproduced"
 EXPLAINED, CONTRADICTION, UNKNOWN = "explained", "self-contradictory", "not checkable"
 FULL = (1000, 10_000, 20_000)
 VOCABULARY = 50257
+RECOVERY = '"RECOVERY! Model learns diversity"'
+DEAD = 0.01  # of the initial spread of the logits: they no longer tell words apart
+MILESTONES = {  # by length: step and distinct predictions there (the last step's are a claim apart)
+    1000: {5: 95, 50: 70, 100: 6, 130: 2, 140: 1, 500: 5, 600: 1, 700: 5},
+    10_000: {100: 9, 500: 5, 1000: 68, 1500: 39, 2000: 15},
+    20_000: {100: 10, 500: 5, 1000: 56, 1500: 35, 2000: 24},
+}
 
 # Key in a row's numbers, label, format, and the report's values at 1000, 10000 and 20000 steps.
 SECTION5 = (
@@ -129,6 +136,8 @@ def recompute(runs: Runs) -> list[Entry]:
         *three("partial_loss_mean", (None, 10.52, 10.50), "average loss, first 452", ".2f"),
         *three("loss_final", (9.92, 9.74, 9.76), "loss at the end", ".2f"),
         *three("late_entropy", (10.7, None, None), "entropy of the collapsed run", ".2f"),
+        *(_milestones(runs[i], length, full) for i, length in enumerate(FULL)),
+        *(_recovery_of_count(runs[i], FULL[i], full) for i in (1, 2) if runs[i]),
         *three("start_logit_std", (0.58, None, None), "standard deviation of the logits (its step "
                "is not told; ours at the start)", ".2f"),
         *_own_contradictions(),
@@ -196,6 +205,52 @@ def _large_weights(runs: Runs, full: bool) -> Entry:
             f" (report's count {981_223 / predicted - 1:+.2%} from the prediction)" if full else ""
         ) if off < 0.02 and embedded > 0.98 else DIFFERENT,
     )  # fmt: skip
+
+
+def _milestones(run: list[dict], length: int, full: bool) -> Entry:
+    """The counts along a run, all of which one more run of ours should bracket."""
+    reported = MILESTONES[length]
+    claim = f"distinct predictions at steps {', '.join(map(str, reported))} of {length}"
+    told = ", ".join(map(str, reported.values()))
+    if not run:
+        return Entry(claim, told, "", f"{UNKNOWN}: length not run")
+    found = {
+        step: [row["numbers"]["milestones"][str(step)]["unique"] for row in run]
+        for step in reported
+    }
+    ours = ", ".join(f"{np.mean(x):.0f}" for x in found.values())
+    if not full:
+        return Entry(claim, told, ours, f"{UNKNOWN}: another size")
+    if len(run) == 1:
+        return Entry(claim, told, ours, f"{UNKNOWN}: one seed")
+    intervals = {step: prediction_interval(x) for step, x in found.items()}
+    outside = [s for s, (low, high) in intervals.items() if not low <= reported[s] <= high]
+    where = f": at {', '.join(map(str, outside))}"
+    return Entry(claim, told, ours, DIFFERENT + where if outside else REPRODUCED)
+
+
+def _recovery_of_count(run: list[dict], length: int, full: bool) -> Entry:
+    """The longer runs' recovery at step 1000: a higher count, of logits that are gone."""
+    reported = MILESTONES[length]
+    before, at = (
+        [row["numbers"]["milestones"][step] for row in run] for step in ("500", "1000")
+    )  # fmt: skip
+    uniform = run[0]["references"]["uniform"]["loss"]
+    start = [row["numbers"]["start_logit_std"] for row in run]
+    spread = max(m["logit_std"] / s for m, s in zip(at, start, strict=True))
+    risen = all(m["unique"] > b["unique"] for m, b in zip(at, before, strict=True))
+    gone = spread < DEAD and all(m["loss"] > b["loss"] for m, b in zip(at, before, strict=True))
+    status = DIFFERENT if full else f"{UNKNOWN}: another size"
+    if risen and gone:
+        status = f"{EXPLAINED}: nothing is learned; the logits are gone, and near ties are counted"
+    return Entry(
+        f"{RECOVERY}, step 1000 of {length}",
+        f"{reported[500]} to {reported[1000]}",
+        f"{np.mean([m['unique'] for m in before]):.0f} to {np.mean([m['unique'] for m in at]):.0f}"
+        f" distinct, as the loss rises to {np.mean([m['loss'] for m in at]):.2f} (ln V = "
+        f"{uniform:.2f}) and at most {spread:.2%} of the logits' first spread is left",
+        status,
+    )
 
 
 def _own_contradictions() -> list[Entry]:

@@ -33,7 +33,17 @@ REPORTED = {  # the report's own numbers at 1000, 10000 and 20000 steps
 }
 
 
-def runs(d_model=256, lengths=ledger.FULL, spread=0.01, **changed):
+def milestones(length, gone=True):
+    """The report's counts; at step 1000 of the longer runs the logits are gone, or they are not."""
+    dead = {"loss": 10.82, "logit_std": 0.0002 if gone else 0.5}
+    alive = {"loss": 9.7, "logit_std": 0.06}
+    return {
+        str(step): {"step": step, "unique": unique} | (dead if step == 1000 else alive)
+        for step, unique in ledger.MILESTONES[length].items()
+    }
+
+
+def runs(d_model=256, lengths=ledger.FULL, spread=0.01, gone=True, **changed):
     """Rows of three seeds around the report's numbers, or around changed ones."""
     numbers = REPORTED | {k: (v,) * 3 for k, v in changed.items()}
     return [
@@ -46,12 +56,13 @@ def runs(d_model=256, lengths=ledger.FULL, spread=0.01, **changed):
                 "numbers": {
                     k: v[i] if v[i] is None or k == "evaluations" else v[i] + (seed - 1) * spread
                     for k, v in numbers.items()
-                },
+                }
+                | {"milestones": milestones(told, gone)},
                 "above_1.1": {"all": 979_000, "embedding": 978_990, "predicted": 979_330.0},
             }
             for seed in range(3)
         ]
-        for i, steps in enumerate(lengths)
+        for i, (steps, told) in enumerate(zip(lengths, ledger.FULL, strict=True))
     ]
 
 
@@ -90,6 +101,20 @@ def test_another_size_or_length_checks_no_number(other):
 def test_the_reports_own_statements_are_checked_without_rows():
     contradictions = [e for e in ledger.recompute(runs()) if e.status == ledger.CONTRADICTION]
     assert len(contradictions) == 6
+
+
+def test_a_count_along_the_run_outside_its_interval_is_named():
+    rows = runs()
+    for row in rows[0]:
+        row["numbers"]["milestones"]["130"]["unique"] = 30
+    claim = "distinct predictions at steps 5, 50, 100, 130, 140, 500, 600, 700 of 1000"
+    assert status(ledger.recompute(rows), claim) == f"{ledger.DIFFERENT}: at 130"
+
+
+def test_a_rising_count_of_logits_that_are_gone_is_explained_and_of_others_not():
+    claim = '"RECOVERY! Model learns diversity", step 1000 of 10000'
+    assert status(ledger.recompute(runs()), claim).startswith(ledger.EXPLAINED)
+    assert status(ledger.recompute(runs(gone=False)), claim) == ledger.DIFFERENT
 
 
 def test_the_prediction_interval_is_that_of_one_more_value():
