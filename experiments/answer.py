@@ -1,9 +1,10 @@
 """The answer to the report on one page, and the head of the README: built from rows alone.
 
 Called by `make report`. For each of the four investigations that make the answer the study with the
-largest model is shown; what its other studies found stands below it.
+largest model is shown; a table says whether the same holds on the other texts and sizes.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +35,13 @@ PARTS = (  # title, experiment, which of its pictures
 
 @dataclass(frozen=True)
 class Part:
-    """One of the four steps of the answer: its study, pictures, and what other studies say."""
+    """One of the four steps of the answer: its study and pictures."""
 
     title: str
     name: str
     label: str
     study: page.Study
     figures: list[tuple[str, Markup]]
-    others: list[tuple[str, str]]
     command: str
     cost: str
 
@@ -75,15 +75,10 @@ def part(title: str, module, shown: tuple[int, ...]) -> Part:
     rows = results.load(module.NAME)
     label, chosen = richest(rows) if module is end_collapse else largest(rows)
     study = module.analyse(chosen)
-    others = [
-        (other, module.analyse(members).answer)
-        for other, members in results.by_study(rows).items()
-        if other != label
-    ]
     figures = [(caption, Markup(svg)) for caption, svg in (study.figures[i] for i in shown)]
     mine = results.own(module.NAME, chosen)
     command, cost = mine[0]["command"], results.cost(mine)
-    return Part(title, module.NAME, label, study, figures, others, command, cost)
+    return Part(title, module.NAME, label, study, figures, command, cost)
 
 
 def arms(rows: list[dict]) -> dict[str, list[dict]]:
@@ -175,10 +170,112 @@ def verdict(studies: list[list[dict]]) -> str:
     return "Open: neither decoupling the decay nor full precision ends the collapse."
 
 
-def markdown(told: str, parts: list[Part], table: page.Table, label: str, command: str) -> str:
-    """The head of the README: the verdict as `told`, picture, table, and one sentence per part.
+def place(row: dict) -> tuple[str, int]:
+    """The text and the vocabulary of a row."""
+    return row["corpus"], row["vocab_size"]
 
-    `label` and `command` are those of the table's study.
+
+def holds(reproduced: list[dict], explained: list[dict], ended: list[dict]) -> page.Table:
+    """The findings on every text and size, from the rows of three experiments.
+
+    A column is a text and a vocabulary, the largest first; its shortest length is that of the
+    one-line changes.
+    """
+    places = sorted({place(row) for row in ended}, key=lambda key: (-key[1], key[0]))
+    columns = {key: [r for r in ended if place(r) == key] for key in places}
+    above, factorial = (
+        {key: [r for r in rows if place(r) == key] for key in places}
+        for rows in (reproduced, explained)
+    )
+
+    def line(label, cell, of):
+        return [label, *(cell(of[key]) if of[key] else "not run" for key in places)]
+
+    def average(name):
+        factor = list(explain_collapse.FACTORS).index(name)
+
+        def cell(rows):
+            effect = explain_collapse.main_effect(rows, factor, explain_collapse.LOSS)
+            return stats.effect_text(effect)
+
+        return cell
+
+    lines = [
+        line("runs of the report's recipe that end above the unigram's loss", above_unigram, above),
+        *(line(f"{name}, alone", functools.partial(one_line, name), columns)
+          for name in end_collapse.LINES),
+        line("decoupling, averaged over the factorial", average("decay enters"), factorial),
+        line("full precision, averaged over the factorial", average("arithmetic"), factorial),
+        line("published recipe: severe evaluations once below the unigram's loss", severe, columns),
+        line("published recipe: ternary against full precision", against_twin, columns),
+    ]  # fmt: skip
+    note = (
+        "Changes of the held-out loss, paired within seeds, with 95 % t intervals; a line ends the "
+        "collapse of a seed when its loss is below the unigram's and depends on the context. T: "
+        "steps."
+    )
+    heads = [f"{corpus}, {vocab:,} tokens" for corpus, vocab in places]
+    return page.Table("Does it hold elsewhere?", ["", *heads], lines, note)
+
+
+def lengths(rows: list[dict]) -> str:
+    return "T = " + ", ".join(map(str, sorted({row["steps"] for row in rows})))
+
+
+def above_unigram(rows: list[dict]) -> str:
+    bad = sum(r["final"]["eval/loss"] > r["references"]["unigram"]["loss"] for r in rows)
+    return f"{bad} of {len(rows)} ({lengths(rows)})"
+
+
+def one_line(name: str, rows: list[dict]) -> str:
+    """Effect of one line of the report's recipe, and in how many seeds it ends the collapse."""
+    steps = min(row["steps"] for row in rows)
+    arm = end_collapse.line_arm(name, steps)
+    if arm not in compare.by_arm(rows):
+        return "not run"
+    effect = compare.difference(rows, arm, end_collapse.report_arm(steps), end_collapse.LOSS)
+    good, of = end_collapse.ends(rows, arm)
+    return f"{stats.effect_text(effect)}, ended in {good} of {of}"
+
+
+def published(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["arm"] == end_collapse.b158_arms(row["steps"])[0]]
+
+
+def severe(rows: list[dict]) -> str:
+    """Of the published recipe, at all its lengths."""
+    numbers = [row["numbers"] for row in published(rows)]
+    if not numbers:
+        return "not run"
+    never = sum(m["transit"] is None for m in numbers)
+    count = sum(m["severe_after_transit"] for m in numbers)
+    text = f"{count} in {len(numbers)} runs ({lengths(published(rows))})"
+    return text + (f"; {never} never below it" if never else "")
+
+
+def against_twin(rows: list[dict]) -> str:
+    """Ternary - full precision of the published recipe, at its longest length."""
+    if not published(rows):
+        return "not run"
+    steps = max(row["steps"] for row in published(rows))
+    return f"{end_collapse.gap(rows, steps, '+.2f')} (T = {steps})"
+
+
+def tabular(table: page.Table) -> list[str]:
+    """Lines of a table in Markdown."""
+    return [
+        "| " + " | ".join(table.columns) + " |",
+        "|" + "---|" * len(table.columns),
+        *("| " + " | ".join(row) + " |" for row in table.rows),
+    ]
+
+
+def markdown(
+    told: str, parts: list[Part], table: page.Table, label: str, elsewhere: page.Table, command: str
+) -> str:
+    """The head of the README: the verdict as `told`, picture, tables, and one sentence per part.
+
+    `label` and `command` are those of the study of `table`.
     """
     picture_path = PICTURE.relative_to(Path(__file__).parents[1])
     lines = [
@@ -186,9 +283,7 @@ def markdown(told: str, parts: list[Part], table: page.Table, label: str, comman
         "",
         f"![distinct predictions and held-out loss against step]({picture_path})",
         "",
-        "| " + " | ".join(table.columns) + " |",
-        "|" + "---|" * len(table.columns),
-        *("| " + " | ".join(row) + " |" for row in table.rows),
+        *tabular(table),
         "",
         f"{table.title}; {label}. {table.note}",
         "",
@@ -196,7 +291,7 @@ def markdown(told: str, parts: list[Part], table: page.Table, label: str, comman
     for p in parts:
         lines.append(f"- **{p.title}** ([`{p.name}`](experiments/{p.name}.py), {p.label}): "
                      f"{p.study.answer}")  # fmt: skip
-        lines += [f"  - {label}: {answer}" for label, answer in p.others]
+    lines += ["", *tabular(elsewhere), "", elsewhere.note]
     commands = dict.fromkeys([*(p.command for p in parts), command])
     return "\n".join([*lines, "", "```", *commands, "```"])
 
@@ -214,9 +309,12 @@ def write(path: Path) -> str:
     _, reproduced = largest(results.load(reproduce_report.NAME))
     claims = ledger.table(ledger.recompute(reproduce_report.by_length(reproduced)))
     told = verdict(list(results.by_study(results.load(explain_collapse.NAME)).values()))
+    rows = [results.load(m.NAME) for m in (reproduce_report, explain_collapse, end_collapse)]
+    elsewhere = holds(*rows)
     html = page.render(
         "answer.html.jinja",
         verdict=told,
+        elsewhere=elsewhere,
         table=table,
         label=label,
         hero=Markup(charts.panels_svg(panels)),
@@ -226,4 +324,4 @@ def write(path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
     command = results.own(end_collapse.NAME, ended)[0]["command"]
-    return markdown(told, parts, table, label, command)
+    return markdown(told, parts, table, label, elsewhere, command)

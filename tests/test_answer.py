@@ -100,6 +100,38 @@ def test_an_arm_that_was_not_trained_has_no_column():
     assert {s.label for s in answer.picture(rows)[0].series} == {answer.COUPLED, answer.DECOUPLED}
 
 
+def test_the_findings_stand_beside_each_other_for_every_text_and_size():
+    """Two places: in the second only the report's recipe and AdamW ran, and one run learned."""
+
+    def seen(rows, corpus, vocab):
+        return [r | {"corpus": corpus, "vocab_size": vocab} for r in rows]
+
+    small = seen(ended(), "books", 300)
+    for row in small:
+        row["numbers"] |= {"transit": 40, "severe_after_transit": row["seed"]}
+    large = seen([r for r in ended() if "b158" not in r["arm"]], "books", 500)
+    better = {"eval/loss": 5.0, "collapse/mutual_information": 0.5}
+    for row in [*small, *large]:
+        row["final"] |= better if "AdamW" in row["arm"] else {"collapse/mutual_information": 0.0}
+    large[0] |= {"final": large[0]["final"] | better}
+    explained = seen(factorial(lambda levels: levels[0] == "decoupled"), "books", 300)
+    reproduced = [row for row in [*small, *large] if row["arm"] == end_collapse.report_arm(100)]
+    table = answer.holds(reproduced, explained, [*small, *large])
+    cells = {row[0]: row[1:] for row in table.rows}
+    assert table.columns == ["", "books, 500 tokens", "books, 300 tokens"]
+    assert cells["runs of the report's recipe that end above the unigram's loss"] == [
+        "1 of 2 (T = 100)", "2 of 2 (T = 100)"
+    ]  # fmt: skip
+    assert cells["AdamW for Adam, alone"][1] == "-2.00 [-2.00, -2.00] (n=2), ended in 2 of 2"
+    assert cells["full precision, alone"] == ["not run", "not run"]
+    assert cells["decoupling, averaged over the factorial"] == [
+        "not run", "-2.00 [-2.00, -2.00] (n=2)"
+    ]  # fmt: skip
+    assert cells["published recipe: severe evaluations once below the unigram's loss"] == [
+        "not run", "1 in 2 runs (T = 100)"
+    ]  # fmt: skip
+
+
 def test_the_largest_study_is_the_one_with_the_largest_vocabulary_then_the_longest():
     def row(vocab, steps):
         seen = {"preset": "tiny", "corpus": "books", "batch": [4, 16]}
