@@ -1,8 +1,9 @@
 """The report's numeric claims, recomputed from rows of `reproduce_report`.
 
-Statuses: reproduced (within the 95 % prediction interval for one more run of ours), not reproduced,
-explained (the number follows from something that the report did not say), self-contradictory
-(two of its own statements exclude each other), not checkable (it does not say enough).
+Statuses: reproduced (within the 95 % prediction interval for one more run of ours, give or take the
+rounding of the reported number), not reproduced, explained (the number follows from something that
+the report did not say), self-contradictory (two of its own statements exclude each other), not
+checkable (it does not say enough, or we have too few runs).
 """
 
 import math
@@ -100,7 +101,9 @@ def recompute(runs: Runs) -> list[Entry]:
         elif len(x) == 1:
             status = f"{UNKNOWN}: one seed"
         else:
-            status = REPRODUCED if low <= reported <= high else DIFFERENT
+            digits = int(spec[1:-1])
+            half = 0.5 * 10**-digits if digits else 0.0  # the report's rounding; counts have none
+            status = REPRODUCED if low - half <= reported <= high + half else DIFFERENT
         return Entry(claim, f"{reported:{spec}}", text, status)
 
     def three(key, reported, claim, spec):

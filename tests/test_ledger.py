@@ -85,6 +85,12 @@ def test_a_number_outside_the_prediction_interval_is_not_reproduced():
     assert status(found, "loss at the end, 1000 steps") == ledger.REPRODUCED
 
 
+def test_a_reported_number_is_as_exact_as_its_last_digit_and_a_count_is_exact():
+    found = ledger.recompute(runs(loss_final=9.916, unique_final=8.4, spread=1e-5))
+    assert status(found, "loss at the end, 1000 steps") == ledger.REPRODUCED
+    assert status(found, "distinct predictions at the end, 1000 steps") == ledger.DIFFERENT
+
+
 def test_a_collapse_that_never_comes_is_not_reproduced():
     found = ledger.recompute(runs(first_complete=None))
     assert status(found, "first complete collapse at step, 1000 steps") == ledger.DIFFERENT
