@@ -91,6 +91,17 @@ def test_a_reported_number_is_as_exact_as_its_last_digit_and_a_count_is_exact():
     assert status(found, "distinct predictions at the end, 1000 steps") == ledger.DIFFERENT
 
 
+@pytest.mark.parametrize(
+    "recoveries, counts, expected",
+    [(0, 2, f"{ledger.EXPLAINED}: the count rises with noise"), (2, 0, ledger.REPRODUCED),
+     (0, 0, ledger.DIFFERENT)],
+)  # fmt: skip
+def test_a_recovery_needs_the_loss_too(recoveries, counts, expected):
+    found = ledger.recompute(runs(recoveries=recoveries, count_recoveries=counts))
+    claim = 'recoveries ("recovers slightly", to 5 at steps 500 and 700)'
+    assert status(found, claim) == expected
+
+
 def test_a_collapse_that_never_comes_is_not_reproduced():
     found = ledger.recompute(runs(first_complete=None))
     assert status(found, "first complete collapse at step, 1000 steps") == ledger.DIFFERENT
