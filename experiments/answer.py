@@ -254,11 +254,10 @@ def severe(rows: list[dict]) -> str:
 
 
 def against_twin(rows: list[dict]) -> str:
-    """Ternary - full precision of the published recipe, at its longest length."""
-    if not published(rows):
-        return "not run"
-    steps = max(row["steps"] for row in published(rows))
-    return f"{end_collapse.gap(rows, steps, '+.2f')} (T = {steps})"
+    """Ternary - full precision of the published recipe, at each of its lengths."""
+    steps = sorted({row["steps"] for row in published(rows)})
+    told = [f"{end_collapse.gap(rows, t, '+.2f')} at T = {t}" for t in steps]
+    return "; ".join(told) or "not run"
 
 
 def tabular(table: page.Table) -> list[str]:

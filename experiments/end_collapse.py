@@ -178,7 +178,13 @@ def published_summary(rows: list[dict], lengths: list[int]) -> str:
         text = f"no severe evaluation once below the unigram's loss at T = {told} only"
     else:
         text = "severe evaluations, or never below the unigram's loss, at every length"
-    return text + f"; ternary weights change its loss by {gap(rows, lengths[-1], '+.2f')}"
+    numbers = [r["numbers"] for r in rows if r["arm"] == b158_arms(r["steps"])[0]]
+    diverse = sum(m["unique_stage2"] >= m["unique_stage1"] for m in numbers)
+    prices = ", ".join(f"{gap(rows, steps, '+.2f')} at T = {steps}" for steps in lengths)
+    return (
+        f"{text}; stage 2 has as many distinct predictions as stage 1 or more in {diverse} of "
+        f"{len(numbers)} runs; the price of ternary weights in nats: {prices}"
+    )
 
 
 def line_table(rows: list[dict], steps: int) -> page.Table:

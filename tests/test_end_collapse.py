@@ -131,6 +131,15 @@ def test_the_gap_to_full_precision_is_paired():
     assert study.gap(without, 1000) == "not run"
 
 
+def test_the_stages_and_the_price_of_ternary_weights_are_told_at_every_length():
+    found = rows()
+    found[-2]["numbers"]["unique_stage2"] = 19.0
+    told = study.analyse(found).conclusion
+    assert "as many distinct predictions as stage 1 or more in 5 of 6 runs" in told
+    price = "+0.10 [+0.10, +0.10] (n=3)"
+    assert f"weights in nats: {price} at T = 100, {price} at T = 1000" in told
+
+
 def test_arms_that_were_not_trained_are_left_out():
     found = [r for r in rows(lines=("AdamW for Adam",)) if "b158" not in r["arm"]]
     found = [r for r in found if "decay" not in r["arm"]]
