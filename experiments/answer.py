@@ -42,7 +42,7 @@ class Part:
     label: str
     study: page.Study
     figures: list[tuple[str, Markup]]
-    command: str
+    commands: list[str]
     cost: str
 
 
@@ -77,8 +77,8 @@ def part(title: str, module, shown: tuple[int, ...]) -> Part:
     study = module.analyse(chosen)
     figures = [(caption, Markup(svg)) for caption, svg in (study.figures[i] for i in shown)]
     mine = results.own(module.NAME, chosen)
-    command, cost = mine[0]["command"], results.cost(mine)
-    return Part(title, module.NAME, label, study, figures, command, cost)
+    commands, cost = results.commands(mine), results.cost(mine)
+    return Part(title, module.NAME, label, study, figures, commands, cost)
 
 
 def arms(rows: list[dict]) -> dict[str, list[dict]]:
@@ -270,11 +270,16 @@ def tabular(table: page.Table) -> list[str]:
 
 
 def markdown(
-    told: str, parts: list[Part], table: page.Table, label: str, elsewhere: page.Table, command: str
+    told: str,
+    parts: list[Part],
+    table: page.Table,
+    label: str,
+    elsewhere: page.Table,
+    commands: list[str],
 ) -> str:
     """The head of the README: the verdict as `told`, picture, tables, and one sentence per part.
 
-    `label` and `command` are those of the study of `table`.
+    `label` and `commands` are those of the study of `table`.
     """
     picture_path = PICTURE.relative_to(Path(__file__).parents[1])
     lines = [
@@ -291,8 +296,9 @@ def markdown(
         lines.append(f"- **{p.title}** ([`{p.name}`](experiments/{p.name}.py), {p.label}): "
                      f"{p.study.answer}")  # fmt: skip
     lines += ["", *tabular(elsewhere), "", elsewhere.note]
-    commands = dict.fromkeys([*(p.command for p in parts), command])
-    return "\n".join([*lines, "", "```", *commands, "```"])
+    chosen = dict.fromkeys([c for p in parts for c in p.commands] + commands)
+    index = "The commands of the other columns are in [the index](experiments/README.md)."
+    return "\n".join([*lines, "", "```", *chosen, "```", "", index])
 
 
 def write(path: Path) -> str:
@@ -322,5 +328,5 @@ def write(path: Path) -> str:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
-    command = results.own(end_collapse.NAME, ended)[0]["command"]
-    return markdown(told, parts, table, label, elsewhere, command)
+    commands = results.commands(results.own(end_collapse.NAME, ended))
+    return markdown(told, parts, table, label, elsewhere, commands)

@@ -123,8 +123,10 @@ def analyse(rows: list[dict]) -> page.Study:
             f"{' or '.join(ending)} (by most: {best}, {stats.effect_text(effects[best])} nats)"
             + (f"; {' and '.join(lost)} do{'es' * (len(lost) == 1)} not" if lost else "")
         )
-    else:
+    elif tried:
         conclusion = f"none of {len(tried)} one-line changes ends the collapse in every seed"
+    else:
+        conclusion = "one-line changes: not run"
     if lengths:
         conclusion += f"; the published recipe: {published_summary(rows, lengths)}"
     return page.Study(

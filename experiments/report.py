@@ -42,7 +42,7 @@ class Entry:
     question: str
     label: str
     study: page.Study
-    command: str
+    commands: list[str]
     cost: str
 
 
@@ -59,7 +59,9 @@ def entries(name: str, folder: Path) -> list[Entry]:
     question = module.__doc__.strip().partition("\n")[0]
     mine = {label: results.own(name, part) for label, part in parts.items()}
     return [
-        Entry(name, question, label, study, mine[label][0]["command"], results.cost(mine[label]))
+        Entry(
+            name, question, label, study, results.commands(mine[label]), results.cost(mine[label])
+        )
         for label, study in studies.items()
     ]
 
@@ -75,7 +77,7 @@ def markdown(found: list[Entry]) -> str:
                 f"**{e.study.answer}** {e.study.result}",
                 "",
                 f"- {e.label}; {e.study.arms}; n = {e.study.n} seeds; {e.cost}",
-                f"- `{e.command}`",
+                *(f"- `{command}`" for command in e.commands),
                 "",
             ]
     return "\n".join(lines).rstrip()

@@ -86,6 +86,11 @@ def command(argv: list[str]) -> str:
     return shlex.join(["python", "-m", f"experiments.{Path(argv[0]).stem}", *words])
 
 
+def commands(rows: list[dict]) -> list[str]:
+    """The distinct commands that gave the rows, in their order."""
+    return list(dict.fromkeys(row["command"] for row in rows))
+
+
 def cost(rows: list[dict]) -> str:
     """Hardware and time that a study's rows took."""
     seconds = sum(row.get("seconds", 0) for row in rows)

@@ -149,6 +149,11 @@ def test_arms_that_were_not_trained_are_left_out():
     assert "published recipe: not run" in told.result
 
 
+def test_one_line_changes_that_were_not_trained_are_not_judged():
+    found = [r for r in rows() if " with " not in r["arm"]]
+    assert study.analyse(found).conclusion.startswith("one-line changes: not run; the published")
+
+
 def test_control_rows_are_those_of_the_same_study_lengths_and_seeds():
     trained = [r for r in rows() if not r["arm"].startswith("report,")]
     reported = [row(f"{t} steps", t, seed, 7.4) for t in (100, 1000, 2000) for seed in range(4)] + [
