@@ -148,6 +148,7 @@ def _train(program: Program, settings: dict, workdir: Path) -> dict:
     summary = {
         "step": cfg.run.steps,
         "finished": True,
+        "resumed_from": start,
         "wall_seconds": round(time.monotonic() - began, 1),
         "tokens_per_second": round(progress.tokens_per_second, 1),
         "replicates": _final(program, state, workdir),

@@ -98,6 +98,12 @@ def cost(rows: list[dict]) -> str:
     return f"{'; '.join(devices)}: {seconds / 60:.0f} min"
 
 
+def wall_seconds(summary: dict) -> float:
+    """Seconds of a run; of a resumed one those of its last part, scaled to all its steps."""
+    last = summary["step"] - summary["resumed_from"]
+    return summary["wall_seconds"] * (summary["step"] / last if last else 1.0)
+
+
 def summarise(workdir: Path, index: int) -> dict:
     """The row of one finished replicate: identity, final values, stage averages, thinned curves.
 
@@ -149,7 +155,7 @@ def summarise(workdir: Path, index: int) -> dict:
         "curve": {"step": [evals[i]["step"] for i in keep]}
         | {k: [evals[i][k] for i in keep] for k in CURVE_KEYS},
         "command": command(config["provenance"]["argv"]),
-        "seconds": round(summary["wall_seconds"] / len(config["replicates"]), 1),
+        "seconds": round(wall_seconds(summary) / len(config["replicates"]), 1),
         "git_commit": config["provenance"]["git_commit"],
         "device": config["provenance"]["device"],
         "cores": config["provenance"]["cores"],

@@ -139,3 +139,10 @@ def test_a_page_holds_its_studies_and_escapes_their_text(trained, tmp_path):
     for part in ("<h1>Why?</h1>", "A &lt; b holds.", "<svg></svg>", "a &lt; b</th>", "6 rows"):
         assert part in text
     assert "conclusion: A < b holds." in page.console("small", study)
+
+
+def test_the_cost_of_a_resumed_run_counts_all_its_steps():
+    whole = {"step": 1000, "resumed_from": 0, "wall_seconds": 80.0}
+    assert results.wall_seconds(whole) == 80.0
+    assert results.wall_seconds(whole | {"resumed_from": 750, "wall_seconds": 20.0}) == 80.0
+    assert results.wall_seconds(whole | {"resumed_from": 1000, "wall_seconds": 1.0}) == 1.0
