@@ -207,7 +207,7 @@ def _large_weights(runs: Runs, full: bool) -> Entry:
     counts = [row["above_1.1"] for row in runs[0]]
     all_, predicted = [c["all"] for c in counts], counts[0]["predicted"]
     embedded = sum(c["embedding"] for c in counts) / sum(all_)
-    off = max(abs(c / predicted - 1) for c in all_)
+    off = max(abs(c / predicted - 1) for c in all_) if predicted else math.inf
     return Entry(
         "weights outside [-1, 1]", "981,223",
         f"{np.mean(all_):,.0f} above 1.1, {embedded:.1%} in the embedding; decay alone predicts "

@@ -139,7 +139,7 @@ def analyse(rows: list[dict]) -> page.Study:
     rare = {name: _share(rows, name, "embedding") for name in (REPORTED, DECOUPLED)}
     gap = stats.interval(numbers(rows, REPORTED, "late_entropy_gap"))
     counted = [r["above_1.1"] for r in rows if r["arm"] == REPORTED]
-    off = max(abs(c["embedding"] / c["predicted"] - 1) for c in counted)
+    off = max(abs(c["embedding"] - c["predicted"]) / max(c["predicted"], 1) for c in counted)
     result = (
         f"step at which the spread of the logits is halved, predicted without a free parameter and "
         f"measured: {pairs}; largest distance of the spread ratio from the law until then "

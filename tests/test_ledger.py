@@ -115,6 +115,13 @@ def test_another_size_or_length_checks_no_number(other):
     assert status(found, "loss at the end, 1000 steps") == f"{ledger.UNKNOWN}: another size"
 
 
+def test_large_weights_that_theory_does_not_predict_are_not_explained():
+    rows = runs()
+    for row in rows[0]:
+        row["above_1.1"]["predicted"] = 0.0
+    assert status(ledger.recompute(rows), "weights outside [-1, 1]") == ledger.DIFFERENT
+
+
 def test_the_reports_own_statements_are_checked_without_rows():
     contradictions = [e for e in ledger.recompute(runs()) if e.status == ledger.CONTRADICTION]
     assert len(contradictions) == 6
