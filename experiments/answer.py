@@ -28,8 +28,8 @@ COUPLED, DECOUPLED, PUBLISHED = "the report's recipe", "one line changed: AdamW"
 PARTS = (  # title, experiment, which of its pictures
     ("Reproduced", reproduce_report, ()),
     ("Explained: which factor", explain_collapse, (0,)),
-    ("Explained: how", shrink_law, (0, 1, 2, 3)),
-    ("Ended", end_collapse, (0, -2)),  # one line at a time; the loss at the longest length
+    ("Explained: how", shrink_law, (0, 1)),  # decay's part of each update, coupled and decoupled
+    ("Ended", end_collapse, (0,)),
 )
 
 
