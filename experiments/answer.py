@@ -296,8 +296,11 @@ def markdown(
         lines.append(f"- **{p.title}** ([`{p.name}`](experiments/{p.name}.py), {p.label}): "
                      f"{p.study.answer}")  # fmt: skip
     lines += ["", *tabular(elsewhere), "", elsewhere.note]
-    chosen = dict.fromkeys([c for p in parts for c in p.commands] + commands)
-    index = "The commands of the other columns are in [the index](experiments/README.md)."
+    chosen = dict.fromkeys([*(p.commands[0] for p in parts), commands[0]])
+    index = (
+        "All commands, of other seeds, lengths, texts and sizes too, with their times: "
+        "[the index](experiments/README.md)."
+    )
     return "\n".join([*lines, "", "```", *chosen, "```", "", index])
 
 
