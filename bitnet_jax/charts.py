@@ -40,6 +40,7 @@ class Panel:
     boundary: int | None = None
     references: tuple[tuple[str, float], ...] = ()
     log_y: bool = False
+    xlabel: str = "step"
 
 
 def line_chart(
@@ -217,6 +218,7 @@ def _draw_lines(ax, panel):
     ax.set_ylim(top=scale.inverted().transform(high + 0.07 * (high - low)))  # room for "stage 2"
     _label_references(ax, panel.references)
     _step_axis(ax, last, panel.boundary)
+    ax.set_xlabel(panel.xlabel)
     _decorate(ax, _handles(panel.series), panel.title, panel.ylabel)
 
 

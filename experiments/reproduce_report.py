@@ -271,7 +271,7 @@ def panels(runs: list[list[dict]]) -> list[charts.Panel]:
             for run in runs
             for r in run
         ]
-        out.append(charts.Panel(series, title, f"{ylabel} against % of run", 50, tuple(lines)))
+        out.append(charts.Panel(series, title, ylabel, 50, tuple(lines), xlabel="% of the run"))
     return out
 
 

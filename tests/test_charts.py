@@ -73,3 +73,12 @@ def test_a_legend_of_many_arms_grows_the_figure_instead_of_shrinking_the_panel()
         return float(re.search(r'height="([\d.]+)pt"', svg)[1])
 
     assert height(names) - height(names[:1]) == pytest.approx(23 * charts.LEGEND_LINE, abs=1)
+
+
+def test_a_panel_names_its_own_axis():
+    series = [charts.Series("a", [0, 100], [1.0, 2.0])]
+    plain = charts.Panel(series, "Loss", "nats")
+    share = charts.Panel(series, "Loss", "nats", xlabel="% of the run")
+    assert "step" in words(charts.panels_svg([plain]))
+    told = words(charts.panels_svg([share]))
+    assert "% of the run" in told and "step" not in told
