@@ -217,12 +217,11 @@ def _draw_lines(ax, panel):
     low, high = scale.transform(np.array(ax.get_ylim()))
     ax.set_ylim(top=scale.inverted().transform(high + 0.07 * (high - low)))  # room for "stage 2"
     _label_references(ax, panel.references)
-    _step_axis(ax, last, panel.boundary)
-    ax.set_xlabel(panel.xlabel)
+    _step_axis(ax, last, panel.boundary, panel.xlabel)
     _decorate(ax, _handles(panel.series), panel.title, panel.ylabel)
 
 
-def _step_axis(ax, last, boundary):
+def _step_axis(ax, last, boundary, label="step"):
     """Steps from 0 to `last`, with a mark where stage 2 begins."""
     ax.set_xlim(0, last or 1)
     if boundary is not None and boundary <= last:
@@ -231,7 +230,7 @@ def _step_axis(ax, last, boundary):
                     textcoords="offset points", va="top", fontsize=8, color=MUTED)  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.set_xlabel("step")
+    ax.set_xlabel(label)
 
 
 def _label_references(ax, references):
