@@ -5,8 +5,13 @@ the jitted step takes as an argument, so one program serves every arm of a sweep
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
+import math
+import types
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import flax.struct
@@ -18,14 +23,50 @@ class UserError(Exception):
     """A mistake in what the user asked for: shown as one line, exit status 2."""
 
 
-def _field(default, text, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
+POSITIVE = (1e-30, 1e30)  # numbers that float32 holds, with room for their products
+COUNT = (1, 2**31 - 1)  # indices on the device are int32
 
 
-def _positive(part, section, *names):
-    for name in names:
-        if not getattr(part, name) > 0:
-            raise UserError(f"{section}.{name}={getattr(part, name)}: must be positive")
+def _field(default, text, *, choices=None, within=None, bookkeeping=False):
+    """A field with its meaning, its choices or its range (low, high), both ends included.
+
+    `bookkeeping`: changes neither what is trained nor what is compared, so rows of experiments that
+    differ in it belong to one study.
+    """
+    metadata = {"help": text, "choices": choices, "within": within, "bookkeeping": bookkeeping}
+    return field(default=default, metadata=metadata)
+
+
+def shown(value) -> str:
+    """A value as one short line, for messages."""
+    text = repr(value)[1:-1] if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean X?` when a known name is near, else the empty string."""
+    near = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_known(name: str, names: Iterable[str], kind: str) -> None:
+    """Raise UserError unless `name` is one of `names`, naming them and the nearest."""
+    if name not in names:
+        listed = ", ".join(names)
+        raise UserError(f"unknown {kind} {shown(name)}; known: {listed}{nearest(name, names)}")
+
+
+def check_fields(part, section: str) -> None:
+    """Raise UserError for the first field of `part` outside its choices or its range."""
+    for f in dataclasses.fields(part):
+        value, path = getattr(part, f.name), f"{section}.{f.name}"
+        choices, within = f.metadata["choices"], f.metadata["within"]
+        if choices and value not in choices:
+            raise UserError(
+                f"{path}={shown(value)}: use {' or '.join(choices)}{nearest(value, choices)}"
+            )
+        if within and value is not None and not within[0] <= value <= within[1]:
+            raise UserError(f"{path}={shown(value)}: must lie in {within[0]:g} .. {within[1]:g}")
 
 
 @dataclass(frozen=True)
@@ -34,33 +75,31 @@ class ModelConfig:
         "b158",
         "b158: pre-norms and two sub-norms, a scale per projection; "
         "report: pre-norms, a norm in every BitLinear, fused q/k/v and gate/up",
-        ("b158", "report"),
+        choices=("b158", "report"),
     )
-    vocab_size: int | None = _field(None, "rows of the embedding; none: the tokenizer's")
-    d_model: int = _field(256, "width of the residual stream")
-    n_layers: int = _field(4, "number of blocks")
-    n_heads: int = _field(4, "query heads")
-    n_kv_heads: int = _field(4, "key and value heads")
-    d_ff: int = _field(512, "width of the gated feed-forward layer")
+    vocab_size: int | None = _field(
+        None, "rows of the embedding; none: the tokenizer's", within=(2, 2**24)
+    )
+    d_model: int = _field(256, "width of the residual stream", within=(1, 2**20))
+    n_layers: int = _field(4, "number of blocks", within=(1, 10_000))
+    n_heads: int = _field(4, "query heads", within=(1, 2**20))
+    n_kv_heads: int = _field(4, "key and value heads", within=(1, 2**20))
+    d_ff: int = _field(512, "width of the gated feed-forward layer", within=(1, 2**20))
     tied_embedding: bool = _field(True, "use the embedding as the output head")
     output_bias: bool = _field(
         False, "add a bias to the logits, starting at the log unigram probabilities; never decayed"
     )
     weight_format: str = _field(
         "ternary",
-        "what quantised weights hold: absmean ternary, or absmax 4 or 8 bits; "
         "packed: ternary in 2 bits, which can be evaluated but not trained",
-        ("ternary", "int4", "int8", "packed"),
+        choices=("ternary", "packed"),
     )
-    rope_theta: float = _field(500_000.0, "base of the rotary frequencies")
-    norm_eps: float = _field(1e-5, "added to the mean square inside RMSNorm")
-    dtype: str = _field("float32", "compute type of activations", ("float32", "bfloat16"))
+    rope_theta: float = _field(500_000.0, "base of the rotary frequencies", within=POSITIVE)
+    norm_eps: float = _field(1e-5, "added to the mean square inside RMSNorm", within=(1e-30, 1.0))
+    dtype: str = _field("float32", "compute type of activations", choices=("float32", "bfloat16"))
 
     def __post_init__(self):
-        _positive(self, "model", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
-        _positive(self, "model", "rope_theta", "norm_eps")
-        if self.vocab_size is not None and self.vocab_size < 2:
-            raise UserError(f"model.vocab_size={self.vocab_size}: needs at least 2 tokens")
+        check_fields(self, "model")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise UserError(
                 f"model.n_heads={self.n_heads} must divide model.d_model={self.d_model} "
@@ -80,82 +119,97 @@ class DataConfig:
     validation: str | None = _field(
         None, "held-out text: text:GLOB, or a tfds split; none: a held-out part of the corpus"
     )
-    holdout: float = _field(0.05, "share of the corpus held out when validation is none")
-    feature: str = _field("text", "tfds: name of the text feature")
+    holdout: float = _field(
+        0.05, "share of the corpus held out when validation is none", within=(1e-6, 0.999)
+    )
+    feature: str = _field("text", "name of the text field of tfds, .jsonl and .parquet corpora")
     tokenizer: str = _field(
         "bpe:4096",
         "bpe:N (trained on the corpus) | gpt2 (hub cache) | gpt2:FOLDER | hf:FOLDER",
     )
-    seq_len: int = _field(64, "tokens in a window")
-    batch_size: int = _field(8, "windows in a batch, per replicate")
+    seq_len: int = _field(64, "tokens in a window", within=(2, 2**24))
+    batch_size: int = _field(8, "windows in a batch, per replicate", within=(1, 2**20))
     order: str = _field(
         "shuffled",
-        "shuffled: each window once per epoch; sequential: in corpus order",
-        ("shuffled", "sequential"),
+        "shuffled: each window once per epoch; sequential: in corpus order, from window "
+        "seed * n / 8 on",
+        choices=("shuffled", "sequential"),
     )
-    seed: int = _field(0, "seed of the batch order, shared by all replicates (paired)")
     gather: str = _field(
         "auto",
         "where windows are cut: on the device, on the host, or auto (by corpus size)",
-        ("auto", "device", "host"),
+        choices=("auto", "device", "host"),
+        bookkeeping=True,
     )
-    eval_batches: int = _field(2, "batches of held-out windows in an evaluation")
+    eval_batches: int = _field(
+        2, "batches of held-out windows in an evaluation", within=COUNT, bookkeeping=True
+    )
+    held_out_positions: int = _field(
+        16_384,
+        "least number of positions in the large block, evaluated at the stage boundary and the end",
+        within=COUNT,
+        bookkeeping=True,
+    )
     track: str = _field(
         "validation",
         "positions whose argmax is counted: the held-out ones, or the first training batch",
-        ("validation", "first_batch"),
+        choices=("validation", "first_batch"),
     )
     score_last: bool = _field(
         True, "score the last position of a window against the token that follows it"
     )
+    score_end: bool = _field(True, "score positions whose target is the end of a text")
 
     def __post_init__(self):
-        _positive(self, "data", "batch_size", "eval_batches")
-        if self.seq_len < 2:
-            raise UserError(f"data.seq_len={self.seq_len}: a window needs at least 2 tokens")
-        if not 0 < self.holdout < 1:
-            raise UserError(f"data.holdout={self.holdout}: must lie between 0 and 1")
+        check_fields(self, "data")
         kind = self.corpus.partition(":")[0]
         if kind not in ("stdlib", "text", "tfds") or (kind == "stdlib") != (self.corpus == kind):
             raise UserError(
-                f"data.corpus={self.corpus}: unknown corpus; use stdlib, text:GLOB or "
-                "tfds:NAME[/CONFIG]"
+                f"data.corpus={shown(self.corpus)}: unknown corpus; use stdlib, text:GLOB or "
+                f"tfds:NAME[/CONFIG]{nearest(kind, ('stdlib', 'text', 'tfds'))}"
             )
         kind, _, argument = self.tokenizer.partition(":")
         wrong = {"bpe": not argument.isdecimal(), "gpt2": False, "hf": not argument}
         if wrong.get(kind, True):
             raise UserError(
-                f"data.tokenizer={self.tokenizer}: unknown tokenizer; use hf:FOLDER, bpe:N, "
+                f"data.tokenizer={shown(self.tokenizer)}: unknown tokenizer; use hf:FOLDER, bpe:N, "
                 "gpt2 or gpt2:FOLDER"
             )
-        if kind == "bpe" and int(argument) < 257:
+        if kind == "bpe" and not (len(argument) < 9 and 257 <= int(argument) <= 2**20):
             raise UserError(
-                f"data.tokenizer={self.tokenizer}: a byte-level BPE needs at least 257 tokens "
-                "(256 bytes and end of text)"
+                f"data.tokenizer={shown(self.tokenizer)}: a byte-level BPE needs 257 (256 bytes "
+                f"and end of text) to {2**20} tokens"
             )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    beta1: float = _field(0.9, "Adam: decay of the mean of gradients")
-    beta2: float = _field(0.95, "Adam: decay of the mean of squared gradients")
-    eps: float = _field(1e-8, "Adam: added to the root of the second moment")
-    clip_norm: float = _field(1.0, "gradients are scaled down to this global norm")
+    beta1: float = _field(0.9, "Adam: decay of the mean of gradients", within=(0.0, 0.999999))
+    beta2: float = _field(
+        0.95, "Adam: decay of the mean of squared gradients", within=(0.0, 0.999999)
+    )
+    eps: float = _field(1e-8, "Adam: added to the root of the second moment", within=(1e-30, 1.0))
+    clip_norm: float = _field(1.0, "gradients are scaled down to this global norm", within=POSITIVE)
 
     def __post_init__(self):
-        _positive(self, "optim", "eps", "clip_norm")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optim.{name}={getattr(self, name)}: must lie in [0, 1)")
+        check_fields(self, "optim")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    steps: int = _field(500, "optimiser updates; stage 2 starts after half of them")
-    recipes: tuple[str, ...] = _field(("report", "b158"), "hyper-parameter sets, side by side")
-    eval_every: int = _field(20, "steps between evaluations")
-    save_every: int = _field(100, "steps between checkpoints; the last two are kept")
-    checkpoint_every: int = _field(1000, "steps between checkpoints that are kept for good")
+    steps: int = _field(
+        500, "optimiser updates; stage 2 starts after half of them", within=(2, 2**31 - 2)
+    )
+    recipes: tuple[str, ...] = _field(
+        ("coupled", "published"), "hyper-parameter sets, side by side"
+    )
+    eval_every: int = _field(20, "steps between evaluations", within=COUNT, bookkeeping=True)
+    save_every: int = _field(
+        100, "steps between checkpoints; the last two are kept", within=COUNT, bookkeeping=True
+    )
+    checkpoint_every: int = _field(
+        1000, "steps between checkpoints that are kept for good", within=COUNT, bookkeeping=True
+    )
     init: str | None = _field(
         None,
         "instead of from scratch: fork:WORKDIR[@STEP[:REPLICATE]], or hf:FOLDER, the master "
@@ -164,14 +218,17 @@ class RunConfig:
     reset_optimizer: bool = _field(False, "a fork starts with fresh moments of Adam")
 
     def __post_init__(self):
-        _positive(self, "run", "eval_every", "save_every", "checkpoint_every")
-        if self.steps < 2:
-            raise UserError(f"run.steps={self.steps}: two stages need at least 2 steps")
+        check_fields(self, "run")
         if not self.recipes:
             raise UserError("run.recipes is empty; name at least one")
+        if len(set(self.recipes)) < len(self.recipes):
+            raise UserError(
+                f"run.recipes={shown(','.join(self.recipes))}: names a recipe twice; "
+                "use --seeds for more replicates of one"
+            )
         if self.init is not None and not self.init.startswith(("fork:", "hf:")):
             raise UserError(
-                f"run.init={self.init}: use fork:WORKDIR[@STEP[:REPLICATE]] or hf:FOLDER"
+                f"run.init={shown(self.init)}: use fork:WORKDIR[@STEP[:REPLICATE]] or hf:FOLDER"
             )
         if self.reset_optimizer and not (self.init or "").startswith("fork:"):
             raise UserError("run.reset_optimizer=true: only a fork can; set run.init=fork:WORKDIR")
@@ -190,53 +247,74 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
+RATE, DECAY, SHARE = (0.0, 1e3), (0.0, 1e6), (0.0, 1.0)
+
+
 @flax.struct.dataclass
 class Hyper:
     """The numbers of one replicate. Scalars, or arrays of shape [R] once stacked."""
 
-    warmup_steps: float = _field(375.0, "steps of linear warm-up")
-    lr_peak: float = _field(1.5e-3, "learning rate at the end of warm-up")
-    lr_stage1_end: float = _field(1.0e-3, "learning rate at the stage boundary")
-    lr_stage2_start: float = _field(1.0e-3, "learning rate just after the boundary")
-    lr_final: float = _field(1.5e-6, "learning rate at the last step")
-    decoupled_1: float = _field(0.0, "decoupled weight decay (AdamW) in stage 1")
-    decoupled_2: float = _field(0.0, "decoupled weight decay (AdamW) in stage 2")
-    coupled_1: float = _field(0.0, "L2 added to the gradient before Adam (torch's Adam), stage 1")
-    coupled_2: float = _field(0.0, "L2 added to the gradient before Adam, stage 2")
-    unscaled_1: float = _field(0.0, "decay not multiplied by the learning rate (a fault), stage 1")
-    unscaled_2: float = _field(0.0, "decay not multiplied by the learning rate (a fault), stage 2")
-    decay_rest: float = _field(0.0, "share of the decay for embedding, head and norms (1: all)")
-    head_lr: float = _field(1.0, "factor on the updates of the output matrix (0: frozen)")
-    logit_scale: float = _field(1.0, "factor on the logits")
-    weight_quant: float = _field(1.0, "weight quantisation strength (0: none, 1: full)")
-    act_quant: float = _field(1.0, "activation quantisation strength (0: none, 1: int8)")
-    quant_warmup_steps: float = _field(0.0, "steps in which both strengths grow linearly from 0")
-    label_smoothing: float = _field(0.0, "share of the target spread evenly over the vocabulary")
-    z_loss: float = _field(0.0, "weight of (log sum exp of the logits)^2")
-    entropy_bonus: float = _field(0.0, "weight of 1 - entropy / ln V")
-    frequency_penalty: float = _field(0.0, "weight of the predictions' mean log unigram frequency")
-    diversity_bonus: float = _field(0.0, "weight of the probability of tokens seen in the window")
-    coverage: float = _field(0.0, "weight of KL(unigram || mean prediction of the batch)")
-    unlikelihood: float = _field(0.0, "weight of -log(1 - q) of the window's earlier tokens")
+    warmup_steps: float = _field(375.0, "steps of linear warm-up", within=(0.0, 1e9))
+    lr_peak: float = _field(1.5e-3, "learning rate at the end of warm-up", within=RATE)
+    lr_stage1_end: float = _field(1.0e-3, "learning rate at the stage boundary", within=RATE)
+    lr_stage2_start: float = _field(1.0e-3, "learning rate just after the boundary", within=RATE)
+    lr_final: float = _field(1.5e-6, "learning rate at the last step", within=RATE)
+    decoupled_1: float = _field(0.0, "decoupled weight decay (AdamW) in stage 1", within=DECAY)
+    decoupled_2: float = _field(0.0, "decoupled weight decay (AdamW) in stage 2", within=DECAY)
+    coupled_1: float = _field(
+        0.0, "L2 added to the gradient before Adam (torch's Adam), stage 1", within=DECAY
+    )
+    coupled_2: float = _field(0.0, "L2 added to the gradient before Adam, stage 2", within=DECAY)
+    decay_rest: float = _field(
+        0.0, "share of the decay for embedding, head and norms (1: all)", within=DECAY
+    )
+    logit_scale: float = _field(1.0, "factor on the logits", within=(1e-6, 1e6))
+    weight_quant: float = _field(
+        1.0, "weight quantisation strength (0: none, 1: full)", within=SHARE
+    )
+    act_quant: float = _field(
+        1.0, "activation quantisation strength (0: none, 1: int8)", within=SHARE
+    )
+    quant_warmup_steps: float = _field(
+        0.0, "steps in which both strengths grow linearly from 0", within=(0.0, 1e9)
+    )
+    extra: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "numbers that only an experiment's own loss, optimiser or quantiser reads",
+            "choices": None,
+            "within": None,
+            "bookkeeping": False,
+        },
+    )
 
 
-HYPER_FIELDS = tuple(f.name for f in dataclasses.fields(Hyper))
+HYPER_FIELDS = tuple(f.name for f in dataclasses.fields(Hyper) if f.name != "extra")
 
 
 @dataclass(frozen=True)
 class Replicate:
-    """One member of a run: which recipe, which seeds, which numbers."""
+    """One member of a run: which recipe and numbers, from which seed.
+
+    The seed sets the initialisation and the order of the data: replicates of one seed share both.
+    """
 
     name: str
     seed: int
-    data_seed: int
     hyper: Hyper
 
 
 def stack_hypers(replicates: list[Replicate]) -> Hyper:
-    """Stack the numbers of R replicates into one Hyper of float32 arrays [R]."""
+    """Stack the numbers of R replicates into one Hyper of float32 arrays [R].
+
+    Raises ValueError unless all have the same keys of `extra`.
+    """
     hypers = [rep.hyper for rep in replicates]
     return jax.tree.map(lambda *numbers: jnp.array(numbers, jnp.float32), *hypers)
+
+
+# --------------------------------------------------------------------------------- to and from JSON
 
 
 def to_json(cfg: Config, replicates: list[Replicate]) -> dict:
@@ -247,14 +325,64 @@ def to_json(cfg: Config, replicates: list[Replicate]) -> dict:
     }
 
 
-def from_json(tree: dict) -> tuple[Config, list[Replicate]]:
-    """Inverse of `to_json`; extra keys at the top (provenance) are ignored."""
-    parts = {}
-    for part in dataclasses.fields(Config):
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in tree[part.name].items()}
-        parts[part.name] = part.type(**values)
-    replicates = [Replicate(**{**r, "hyper": Hyper(**r["hyper"])}) for r in tree["replicates"]]
+def from_json(tree: dict, source: str = "config.json") -> tuple[Config, list[Replicate]]:
+    """Inverse of `to_json`; extra keys at the top (provenance) are ignored.
+
+    Raises UserError that names `source` and the field that is missing, unknown or of another type.
+    """
+    _check_type(tree, dict, source)
+    parts = {
+        name: _read(kind, tree.get(name), f"{source}: {name}") for name, kind in SECTIONS.items()
+    }
+    _check_type(tree.get("replicates"), list, f"{source}: replicates")
+    if not tree["replicates"]:
+        raise UserError(f"{source}: replicates: empty; needs at least one")
+    replicates = []
+    for i, entry in enumerate(tree["replicates"]):
+        where = f"{source}: replicates[{i}]"
+        _check_type(entry, dict, where)
+        hyper = _read(Hyper, entry.get("hyper"), f"{where}.hyper")
+        replicates.append(_read(Replicate, entry | {"hyper": hyper}, where))
+        check_fields(hyper, f"{where}.hyper")
     return Config(**parts), replicates
+
+
+def _read(kind, tree, where: str):
+    """An instance of the dataclass `kind` from a dict that has just its fields."""
+    _check_type(tree, dict, where)
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}
+    for name in tree:
+        check_known(name, fields, f"field in {where}:")
+    for name in fields:
+        if name not in tree:
+            raise UserError(f"{where}.{name}: missing")
+    return kind(**{name: _value(tree[name], fields[name], f"{where}.{name}") for name in fields})
+
+
+def _value(value, kind, where: str):
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        _check_type(value, list | tuple, where)
+        return tuple(_value(x, str, f"{where}[{i}]") for i, x in enumerate(value))
+    if typing.get_origin(kind) is dict:
+        _check_type(value, dict, where)
+        return {str(k): _value(x, float, f"{where}.{k}") for k, x in value.items()}
+    _check_type(value, kind, where)
+    return value
+
+
+def _check_type(value, kind, where: str) -> None:
+    """Raise UserError unless `value` is of type `kind`; whole numbers count as float, not bool."""
+    accepted = int | float if kind is float else kind
+    wrong_bool = isinstance(value, bool) and kind is not bool
+    if wrong_bool or not isinstance(value, accepted):
+        name = getattr(kind, "__name__", str(kind))
+        raise UserError(f"{where}: {name} needed, not {shown(json.dumps(value, default=str))}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: must be finite, not {value}")
 
 
 def run_id(name: str, cfg: Config, replicates: list[Replicate]) -> str:

@@ -1,10 +1,10 @@
 """Cached token files of a corpus, and batches of windows as a function of (seed, step).
 
 A split is tokenised once into a file of the cache folder, with a mark of end of text after every
-document, and memory-mapped from there. Window i of a split starts at token i * seq_len.
+document, and memory-mapped from there. Window i of a split starts at token i * seq_len. A Batch is
+complete: nobody who receives one needs to know which token ends a text.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import flax.struct
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -65,67 +67,138 @@ def check_length(cfg: DataConfig, split: str, n_tokens: int) -> None:
         )
 
 
-def window_ids(cfg: DataConfig, n_windows: int, data_seed: int, step: int) -> np.ndarray:
-    """Windows of the batch of `step` (from 0): int32 [B].
+@flax.struct.dataclass
+class Batch:
+    """Inputs, next tokens and how much each counts: [..., L], in NumPy or in JAX.
 
-    `shuffled` takes each window once per epoch, in an order drawn from (data_seed, epoch); a batch
-    may straddle epochs.
+    A target of weight 0 is not scored.
     """
-    position_B = step * cfg.batch_size + np.arange(cfg.batch_size)
+
+    inputs: jax.Array | np.ndarray  # int32
+    targets: jax.Array | np.ndarray  # int32
+    weights: jax.Array | np.ndarray  # float32
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one split, and what a batch of them scores.
+
+    `score_last` and `score_end` are those of DataConfig; an evaluation scores every last position.
+    """
+
+    tokens_N: np.ndarray
+    seq_len: int
+    end_of_text: int
+    score_last: bool
+    score_end: bool
+
+    def __len__(self) -> int:
+        return n_windows(len(self.tokens_N), self.seq_len)
+
+    def cut(self, ids, tokens_N=None) -> Batch:
+        """The windows `ids` (of any shape) as a Batch [*ids, L].
+
+        In NumPy from the split; in JAX from `tokens_N`, the same tokens on the device.
+        """
+        tokens_N = self.tokens_N if tokens_N is None else tokens_N
+        # np.int64 keeps numpy's int32 ids from overflowing past 2**31 tokens; JAX stays in int32.
+        index = ids[..., None] * np.int64(self.seq_len) + np.arange(self.seq_len + 1)
+        windows = tokens_N[index].astype("int32")
+        targets = windows[..., 1:]
+        scored_L = np.arange(self.seq_len) < self.seq_len - (not self.score_last)
+        scored = (targets != self.end_of_text) | self.score_end
+        return Batch(windows[..., :-1], targets, (scored & scored_L).astype("float32"))
+
+
+def train_windows(cfg: DataConfig, tokens: TokenData) -> Windows:
+    """The windows of the training split as training scores them."""
+    end = tokens.tokenizer.end_of_text
+    return Windows(tokens.train_N, cfg.seq_len, end, cfg.score_last, cfg.score_end)
+
+
+def held_out_windows(cfg: DataConfig, tokens: TokenData) -> Windows:
+    """The windows of the validation split as evaluations score them."""
+    end = tokens.tokenizer.end_of_text
+    return Windows(tokens.validation_N, cfg.seq_len, end, True, cfg.score_end)
+
+
+def window_ids(cfg: DataConfig, n_windows: int, seed: int, start: int, end: int) -> np.ndarray:
+    """Windows of the batches of the steps start .. end - 1 (from 0) for one seed: int32 [K, B].
+
+    `shuffled` takes each window once per epoch, in an order drawn from (seed, epoch); `sequential`
+    takes them in order from window seed * n / 8 on. A batch may straddle epochs.
+    """
+    position = np.arange(start * cfg.batch_size, end * cfg.batch_size)
     if cfg.order == "sequential":
-        return (position_B % n_windows).astype(np.int32)
-    epoch_B, place_B = np.divmod(position_B, n_windows)
-    orders = [_epoch_order(n_windows, data_seed, int(epoch)) for epoch in epoch_B]
-    return np.array([order[place] for order, place in zip(orders, place_B, strict=True)], np.int32)
+        ids = (seed * n_windows // 8 + position) % n_windows
+    else:
+        epoch, place = np.divmod(position, n_windows)
+        ids = np.concatenate(
+            [permuted(place[epoch == e], n_windows, (seed, int(e))) for e in np.unique(epoch)]
+        )
+    return ids.astype(np.int32).reshape(end - start, cfg.batch_size)
 
 
-@functools.lru_cache(maxsize=16)
-def _epoch_order(n_windows: int, data_seed: int, epoch: int) -> np.ndarray:
-    bits = np.random.Philox(key=[data_seed % 2**64, epoch])
-    order = np.random.Generator(bits).permutation(np.arange(n_windows, dtype=np.int32))
-    order.flags.writeable = False
-    return order
+def permuted(index: np.ndarray, n: int, key: tuple[int, int]) -> np.ndarray:
+    """Where a permutation of 0 .. n - 1, drawn from `key`, takes each index: uint64.
 
-
-def gather(tokens_N, ids, seq_len: int):
-    """Cut windows: int32 [..., seq_len + 1] for ids of any shape, in numpy or in JAX."""
-    # np.int64 keeps numpy's int32 ids from overflowing past 2**31 tokens; JAX stays in int32.
-    index = ids[..., None] * np.int64(seq_len) + np.arange(seq_len + 1)
-    return tokens_N[index].astype("int32")
-
-
-def score_weights(windows, end_of_text: int, score_last: bool):
-    """Weight of every target windows[..., 1:]: float32 [..., L], in numpy or in JAX.
-
-    0 where the target is end of text, and on the last position unless `score_last`; else 1.
+    A Feistel network of 6 rounds over the next power of 4, walked along its cycles until the value
+    is below n (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"): no table of n
+    entries. Its round function is the finaliser of SplitMix64 (Steele et al. 2014).
     """
-    target = windows[..., 1:]
-    length = target.shape[-1]
-    scored_L = np.arange(length) < (length if score_last else length - 1)
-    return ((target != end_of_text) & scored_L).astype("float32")
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    round_keys = np.random.SeedSequence(key).generate_state(6, np.uint64)
+
+    def mix(x):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    def encrypt(x):
+        left, right = x >> half, x & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (mix(right + round_key) & mask)
+        return left << half | right
+
+    out = encrypt(np.asarray(index, np.uint64))
+    while (outside := out >= n).any():
+        out[outside] = encrypt(out[outside])
+    return out
 
 
-def eval_blocks(cfg: DataConfig, validation_N: np.ndarray) -> np.ndarray:
-    """The fixed held-out windows, evenly spaced and distinct: int32 [eval_batches, B, L + 1].
+def spaced(windows: Windows, batch_size: int, n_batches: int) -> Batch:
+    """Evenly spaced, distinct windows, `n_batches` of them at most: [N, B, L].
 
-    Raises UserError when the split has fewer windows than that.
+    Raises UserError when the split has fewer windows than one batch.
     """
-    available = n_windows(len(validation_N), cfg.seq_len)
-    needed = cfg.eval_batches * cfg.batch_size
+    available = len(windows)
+    if available < batch_size:
+        raise UserError(
+            f"the held-out text has {available} windows of {windows.seq_len} tokens, fewer than "
+            f"data.batch_size={batch_size}; give more text (data.validation, data.holdout)"
+        )
+    n_batches = min(n_batches, available // batch_size)
+    ids = np.arange(n_batches * batch_size) * available // (n_batches * batch_size)
+    return windows.cut(ids.reshape(n_batches, batch_size))
+
+
+def small_block(cfg: DataConfig, windows: Windows) -> Batch:
+    """The held-out windows of every evaluation: [eval_batches, B, L]; UserError without as many."""
+    available, needed = len(windows), cfg.eval_batches * cfg.batch_size
     if available < needed:
         raise UserError(
             f"data.corpus={cfg.corpus}: split validation has {available} windows of "
             f"{cfg.seq_len} tokens, but data.eval_batches={cfg.eval_batches} x "
             f"data.batch_size={cfg.batch_size} needs {needed}"
         )
-    ids = np.arange(needed) * available // needed
-    return gather(validation_N, ids.reshape(cfg.eval_batches, cfg.batch_size), cfg.seq_len)
+    return spaced(windows, cfg.batch_size, cfg.eval_batches)
 
 
-def first_batch(cfg: DataConfig, train_N: np.ndarray, data_seed: int) -> np.ndarray:
-    """The batch of step 0: int32 [B, L + 1]."""
-    ids_B = window_ids(cfg, n_windows(len(train_N), cfg.seq_len), data_seed, 0)
-    return gather(train_N, ids_B, cfg.seq_len)
+def large_block(cfg: DataConfig, windows: Windows) -> Batch:
+    """Held-out windows of at least `held_out_positions` positions, or all there are: [N, B, L]."""
+    per_batch = cfg.batch_size * cfg.seq_len
+    return spaced(windows, cfg.batch_size, -(-cfg.held_out_positions // per_batch))
 
 
 def cut_pieces(document: Iterable[str]) -> Iterator[str]:

@@ -18,6 +18,7 @@ F feed-forward, V vocabulary, S slots of the cache.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -87,11 +88,10 @@ product.defvjp(_product_fwd, _product_bwd)
 
 
 def bit_linear(
-    x: jax.Array, w_DF: jax.Array, hyper: Hyper, weight_format: str = "ternary"
+    x: jax.Array, w_DF: jax.Array, hyper: Hyper, quantize_weight: Callable = quant.quantize_weight
 ) -> jax.Array:
     """Quantised activations times quantised weights, in the type of `x`."""
-    largest = quant.LARGEST_CODE[weight_format]
-    w_q = quant.quantize_weight(w_DF, hyper.weight_quant, x.dtype, largest)
+    w_q = quantize_weight(w_DF, hyper.weight_quant, x.dtype)
     x_ND = quant.quantize_activation(x.reshape(-1, x.shape[-1]), hyper.act_quant)
     return product(x_ND, w_q, 0).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -155,6 +155,7 @@ class RMSNorm(nn.Module):
 class BitLinear(nn.Module):
     cfg: ModelConfig
     features: int
+    quantize_weight: Callable = quant.quantize_weight
 
     @nn.compact
     def __call__(self, x, hyper):
@@ -167,22 +168,24 @@ class BitLinear(nn.Module):
             return packed_linear(x, packed, scale)
         shape = (x.shape[-1], self.features)
         w_DF = self.param("kernel", kernel_init(self.cfg), shape, jnp.float32)
-        return bit_linear(x, w_DF, hyper, self.cfg.weight_format)
+        return bit_linear(x, w_DF, hyper, self.quantize_weight)
 
 
 class Attention(nn.Module):
     cfg: ModelConfig
+    quantize_weight: Callable = quant.quantize_weight
 
     @nn.compact
     def __call__(self, x_BLD, hyper, position_BL=None):
         cfg, width = self.cfg, self.cfg.d_model // self.cfg.n_heads
+        linear = partial(BitLinear, cfg, quantize_weight=self.quantize_weight)
         sizes = {"q": cfg.n_heads, "k": cfg.n_kv_heads, "v": cfg.n_kv_heads}
         if cfg.layout == "report":
-            fused = BitLinear(cfg, sum(sizes.values()) * width, name="qkv")(x_BLD, hyper)
+            fused = linear(sum(sizes.values()) * width, name="qkv")(x_BLD, hyper)
             ends = (cfg.n_heads * width, (cfg.n_heads + cfg.n_kv_heads) * width)
             parts = jnp.split(fused, ends, axis=-1)
         else:
-            parts = [BitLinear(cfg, n * width, name=k)(x_BLD, hyper) for k, n in sizes.items()]
+            parts = [linear(n * width, name=k)(x_BLD, hyper) for k, n in sizes.items()]
         q_BLHK, k_BLGK, v_BLGK = (p.reshape(*p.shape[:2], -1, width) for p in parts)
         q_BLHK = rope(q_BLHK, cfg.rope_theta, position_BL)
         k_BLGK = rope(k_BLGK, cfg.rope_theta, position_BL)
@@ -196,7 +199,7 @@ class Attention(nn.Module):
         y_BLD = y_BLHK.reshape(x_BLD.shape)
         if cfg.layout == "b158":
             y_BLD = RMSNorm(cfg, name="sub_norm")(y_BLD)
-        return BitLinear(cfg, cfg.d_model, name="o")(y_BLD, hyper)
+        return linear(cfg.d_model, name="o")(y_BLD, hyper)
 
     def _remember(self, name, x_BLGK, position_BL):
         """Write keys or values into their slots of the cache; returns all of it."""
@@ -208,35 +211,43 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     cfg: ModelConfig
+    quantize_weight: Callable = quant.quantize_weight
 
     @nn.compact
     def __call__(self, x_BLD, hyper):
-        cfg = self.cfg
+        cfg, linear = self.cfg, partial(BitLinear, self.cfg, quantize_weight=self.quantize_weight)
         if cfg.layout == "report":
-            fused = BitLinear(cfg, 2 * cfg.d_ff, name="gate_up")(x_BLD, hyper)
+            fused = linear(2 * cfg.d_ff, name="gate_up")(x_BLD, hyper)
             h_BLF = relu2_glu(*jnp.split(fused, 2, axis=-1))
         else:
-            gate_BLF = BitLinear(cfg, cfg.d_ff, name="gate")(x_BLD, hyper)
-            up_BLF = BitLinear(cfg, cfg.d_ff, name="up")(x_BLD, hyper)
+            gate_BLF = linear(cfg.d_ff, name="gate")(x_BLD, hyper)
+            up_BLF = linear(cfg.d_ff, name="up")(x_BLD, hyper)
             h_BLF = RMSNorm(cfg, name="sub_norm")(relu2_glu(gate_BLF, up_BLF))
-        return BitLinear(cfg, cfg.d_model, name="down")(h_BLF, hyper)
+        return linear(cfg.d_model, name="down")(h_BLF, hyper)
 
 
 class Block(nn.Module):
     cfg: ModelConfig
+    quantize_weight: Callable = quant.quantize_weight
 
     @nn.compact
     def __call__(self, x_BLD, hyper, position_BL=None):
         h_BLD = RMSNorm(self.cfg, name="attn_norm")(x_BLD)
-        x_BLD = x_BLD + Attention(self.cfg, name="attn")(h_BLD, hyper, position_BL)
+        x_BLD = x_BLD + Attention(self.cfg, self.quantize_weight, name="attn")(
+            h_BLD, hyper, position_BL
+        )
         h_BLD = RMSNorm(self.cfg, name="ffn_norm")(x_BLD)
-        return x_BLD + FeedForward(self.cfg, name="ffn")(h_BLD, hyper)
+        return x_BLD + FeedForward(self.cfg, self.quantize_weight, name="ffn")(h_BLD, hyper)
 
 
 class Transformer(nn.Module):
-    """tokens [B, L] -> float32 logits [B, L, V]; with positions [B, L], through the cache."""
+    """tokens [B, L] -> float32 logits [B, L, V]; with positions [B, L], through the cache.
+
+    `quantize_weight(w, strength, dtype)` makes the weights that a BitLinear multiplies with.
+    """
 
     cfg: ModelConfig
+    quantize_weight: Callable = quant.quantize_weight
 
     @nn.compact
     def __call__(self, tokens_BL, hyper, position_BL=None):
@@ -245,7 +256,7 @@ class Transformer(nn.Module):
         embed = nn.Embed(*shape, embedding_init=embedding_init(cfg), name="embed")
         x_BLD = embed(tokens_BL).astype(cfg.dtype)
         for i in range(cfg.n_layers):
-            x_BLD = Block(cfg, name=f"block_{i}")(x_BLD, hyper, position_BL)
+            x_BLD = Block(cfg, self.quantize_weight, name=f"block_{i}")(x_BLD, hyper, position_BL)
         x_BLD = RMSNorm(cfg, name="final_norm")(x_BLD)
         head = embed.embedding if cfg.tied_embedding else Head(cfg, name="head")()
         x_ND = x_BLD.reshape(-1, cfg.d_model)
@@ -284,8 +295,6 @@ def pack_params(params, cfg: ModelConfig, hyper: Hyper):
     parameters the codes and scales stay: ternary weights are never quantised again. Raises
     UserError where packed weights would not be what `cfg` and `hyper` evaluate.
     """
-    if cfg.weight_format not in ("ternary", "packed"):
-        raise UserError(f"model.weight_format={cfg.weight_format}: only ternary weights pack")
     for name in ("weight_quant", "act_quant"):
         strength = np.min(getattr(hyper, name))
         if strength != 1:

@@ -6,6 +6,7 @@ learning rate, decay or coupling compiles nothing.
 
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,19 +98,27 @@ def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def make_optimizer(
-    cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups
-) -> optax.GradientTransformation:
-    """clip -> coupled decay -> Adam -> decoupled decay -> learning rate -> unscaled decay.
+class Optimizer(NamedTuple):
+    """An optax transformation that can say which part of its updates is weight decay.
+
+    `decay_part(params, opt_state)`, of the parameters before and the state after an update, is that
+    part as a tree like `params`.
+    """
+
+    init: Callable
+    update: Callable
+    decay_part: Callable
+
+
+def make_optimizer(cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups) -> Optimizer:
+    """clip -> coupled decay -> Adam -> decoupled decay -> learning rate.
 
     `update` takes the gradients' global norm as `grad_norm`, and computes it if it is not given.
 
     Before Adam's normaliser the decay is torch's `Adam(weight_decay=)`: a weight whose gradient is
     smaller than decay * w moves towards 0 by about the learning rate per step. After it, the decay
-    is AdamW's (arXiv 1711.05101): w shrinks by lr * decay * w. After the learning rate it is the
-    fault of a decay that forgets the learning rate: w shrinks by decay * w at every step.
+    is AdamW's (arXiv 1711.05101): w shrinks by lr * decay * w.
     """
-    output = jax.tree.map(lambda g: g == output_group(groups), groups)
 
     def coupled(count):
         return by_stage(count + 1, run, hyper.coupled_1, hyper.coupled_2)
@@ -117,51 +126,32 @@ def make_optimizer(
     def decoupled(count):
         return by_stage(count + 1, run, hyper.decoupled_1, hyper.decoupled_2)
 
-    def unscaled(count):
-        return -by_stage(count + 1, run, hyper.unscaled_1, hyper.unscaled_2)
+    def lr(count):
+        return learning_rate(hyper, count + 1, run)
 
-    return optax.named_chain(
+    chain = optax.named_chain(
         ("clip", _clip(cfg.clip_norm)),
         ("coupled", _decay(coupled, hyper.decay_rest, groups)),
         ("adam", optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)),
         ("decoupled", _decay(decoupled, hyper.decay_rest, groups)),
-        ("lr", optax.scale_by_learning_rate(lambda count: learning_rate(hyper, count + 1, run))),
-        ("head", optax.masked(optax.scale(hyper.head_lr), output)),
-        ("unscaled", _decay(unscaled, hyper.decay_rest, groups)),
+        ("lr", optax.scale_by_learning_rate(lr)),
     )
+    shares = {"matrix": 1.0, "bias": 0.0} | dict.fromkeys(DECAYED_IN_PART, hyper.decay_rest)
 
+    def decay_part(params, opt_state):
+        """-lr (decoupled + coupled / (sqrt(v) + eps)) * w, v Adam's second moment.
 
-def last_update(
-    cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups, params, opt_state, n: jax.Array
-):
-    """The n-th update, which led to `params`, and the part of it that is decay; both like `params`.
+        Adam's first moment is linear, so coupled decay's part of it is the running mean of
+        decay * w; that is taken as decay * w, which is exact for a weight that does not change.
+        """
+        adam = opt_state["adam"]
+        count = opt_state["lr"].count - 1  # of the schedules at this update
+        nu = optax.tree.bias_correction(adam.nu, cfg.beta2, adam.count)
 
-    Recovered from Adam's moments after it.
+        def part(group, w, v):
+            rate = decoupled(count) + coupled(count) / (jnp.sqrt(v) + cfg.eps)
+            return -lr(count) * shares[group] * rate * w
 
-    With a the Adam direction, d the decoupled and f the unscaled decay, u = -lr (a + d w) - f w and
-    params = w + u, so w = (params + lr a) / (1 - lr d - f). Cheaper than carrying updates through
-    the scan of a chunk.
+        return jax.tree.map(part, groups, params, nu)
 
-    Adam's first moment is linear, so coupled decay's part of it is the running mean of decay * w;
-    that is taken as decay * w, which is exact for a weight that does not change.
-    """
-    lr_n = learning_rate(hyper, n, run)
-    decoupled = by_stage(n, run, hyper.decoupled_1, hyper.decoupled_2)
-    unscaled = by_stage(n, run, hyper.unscaled_1, hyper.unscaled_2)
-    coupled = by_stage(n, run, hyper.coupled_1, hyper.coupled_2)
-    share = dict.fromkeys(DECAYED_IN_PART, hyper.decay_rest) | {"matrix": 1.0, "bias": 0.0}
-    adam = opt_state["adam"]
-    mu = optax.tree.bias_correction(adam.mu, cfg.beta1, adam.count)
-    nu = optax.tree.bias_correction(adam.nu, cfg.beta2, adam.count)
-
-    def update(group, param, m, v):
-        scale = jnp.sqrt(v) + cfg.eps
-        a = m / scale
-        lr = lr_n * hyper.head_lr if group == output_group(groups) else lr_n
-        shrink = (lr * decoupled + unscaled) * share[group]
-        before = (param + lr * a) / (1 - shrink)
-        by_decay = -(shrink + lr * coupled * share[group] / scale) * before
-        return -lr * a - shrink * before, by_decay
-
-    both = jax.tree.map(update, groups, params, mu, nu)
-    return jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), both)
+    return Optimizer(*chain, decay_part)

@@ -6,7 +6,7 @@ import typing
 from dataclasses import replace
 
 from bitnet_jax.config import (
-    HYPER_FIELDS,
+    SECTIONS,
     Config,
     DataConfig,
     Hyper,
@@ -14,16 +14,24 @@ from bitnet_jax.config import (
     Replicate,
     RunConfig,
     UserError,
+    check_fields,
+    check_known,
+    shown,
 )
 
 
-def _report_hyper(steps: int, **decay) -> Hyper:
+def _two_stages(steps: int, **decay) -> Hyper:
+    """The numbers of the troubleshooting report; `decay_rest` 1: every parameter is decayed."""
     warmup = 375 if steps // 2 > 375 else max(1, steps // 10)
     return Hyper(warmup_steps=float(warmup), decay_rest=1.0, **decay)
 
 
-def _b158_hyper(steps: int) -> Hyper:
-    """Each stage follows the line from its peak at the end of warm-up to 0 at the last step."""
+def _published(steps: int) -> Hyper:
+    """The schedule of the b1.58 training tips (microsoft/unilm, 2024), with a shorter warm-up.
+
+    Each stage follows the line from its peak at the end of warm-up to 0 at the last step; decay of
+    0.1 on matrices in stage 1, none in stage 2. Warm-up: 375 steps there, at most steps / 20 here.
+    """
     warmup = max(1, min(375, steps // 20))
     left = (steps - steps // 2) / (steps - warmup)
     return Hyper(
@@ -38,9 +46,9 @@ def _b158_hyper(steps: int) -> Hyper:
 
 
 RECIPES = {
-    "report": lambda steps: _report_hyper(steps, coupled_1=0.1, coupled_2=0.05),
-    "report_decoupled": lambda steps: _report_hyper(steps, decoupled_1=0.1, decoupled_2=0.05),
-    "b158": _b158_hyper,
+    "coupled": lambda steps: _two_stages(steps, coupled_1=0.1, coupled_2=0.05),
+    "decoupled": lambda steps: _two_stages(steps, decoupled_1=0.1, decoupled_2=0.05),
+    "published": _published,
 }
 
 
@@ -61,35 +69,35 @@ PRESETS = {
             eval_batches=4,
             track="first_batch",
             score_last=False,
+            score_end=False,
         ),
-        run=RunConfig(1000, ("report", "report_decoupled"), eval_every=5, save_every=250),
+        run=RunConfig(1000, ("coupled", "decoupled"), eval_every=5, save_every=250),
     ),
     "b158": Config(
         ModelConfig(),
         DataConfig(tokenizer="gpt2", seq_len=32, batch_size=4, eval_batches=4),
-        run=RunConfig(steps=1000, recipes=("b158",), save_every=250),
+        run=RunConfig(steps=1000, recipes=("published",), save_every=250),
     ),
     "125m": Config(
         ModelConfig(
             d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, d_ff=2048, dtype="bfloat16"
         ),
         DataConfig(tokenizer="gpt2", seq_len=1024, batch_size=32),
-        run=RunConfig(steps=10_000, recipes=("b158",), eval_every=100, save_every=500),
+        run=RunConfig(steps=10_000, recipes=("published",), eval_every=100, save_every=500),
     ),
     "700m": Config(
         ModelConfig(
             d_model=1536, n_layers=24, n_heads=24, n_kv_heads=24, d_ff=4096, dtype="bfloat16"
         ),
         DataConfig(tokenizer="gpt2", seq_len=2048, batch_size=16),
-        run=RunConfig(steps=100_000, recipes=("b158",), eval_every=100, save_every=500),
+        run=RunConfig(steps=100_000, recipes=("published",), eval_every=100, save_every=500),
     ),
 }
 
 
 def preset(name: str) -> Config:
     """Return a preset by name; raises UserError when there is none."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    check_known(name, PRESETS, "preset")
     return PRESETS[name]
 
 
@@ -104,20 +112,14 @@ def override(cfg: Config, assignments: list[str]) -> tuple[Config, dict[str, flo
         path, equals, value = text.partition("=")
         section, _, name = path.strip().partition(".")
         if not equals or not name:
-            raise UserError(f"--set {text}: write it as section.field=value")
-        if section == "hyper":
-            _known(name, HYPER_FIELDS, "hyper field")
-            hyper[name] = _parse(value, float, path)
-            continue
-        _known(section, ["model", "data", "optim", "run", "hyper"], "--set section")
-        part = getattr(cfg, section)
-        fields = {f.name: f for f in dataclasses.fields(part)}
-        _known(name, fields, f"{section} field")
-        parsed = _parse(value, fields[name].type, path)
-        choices = fields[name].metadata["choices"]
-        if choices and parsed not in choices:
-            raise UserError(f"{path}={value}: use {' or '.join(choices)}")
-        sections.setdefault(section, {})[name] = parsed
+            raise UserError(f"--set {shown(text)}: write it as section.field=value")
+        check_known(section, (*SECTIONS, "hyper"), "--set section")
+        kind = Hyper if section == "hyper" else SECTIONS[section]
+        fields = {f.name: f.type for f in dataclasses.fields(kind) if f.name != "extra"}
+        check_known(name, fields, f"{section} field")
+        parsed = _parse(value, fields[name], path)
+        (hyper if section == "hyper" else sections.setdefault(section, {}))[name] = parsed
+    check_fields(Hyper(**hyper), "hyper")
     changed = {k: replace(getattr(cfg, k), **v) for k, v in sections.items()}
     return replace(cfg, **changed), hyper
 
@@ -127,14 +129,9 @@ def make_replicates(
 ) -> list[Replicate]:
     """One replicate per recipe and seed, seeds fastest; checks the schedules."""
     for name in cfg.run.recipes:
-        if name not in RECIPES:
-            raise UserError(
-                f"run.recipes: unknown recipe {name!r}; known: {', '.join(sorted(RECIPES))}"
-            )
+        check_known(name, RECIPES, "recipe in run.recipes:")
     replicates = [
-        Replicate(
-            name, seed, cfg.data.seed, RECIPES[name](cfg.run.steps).replace(**hyper_overrides)
-        )
+        Replicate(name, seed, RECIPES[name](cfg.run.steps).replace(**hyper_overrides))
         for name in cfg.run.recipes
         for seed in seeds
     ]
@@ -145,12 +142,7 @@ def make_replicates(
 
 def check_hyper(run: RunConfig, hyper: Hyper) -> None:
     """Raise UserError if the numbers of a replicate make no schedule."""
-    for name in HYPER_FIELDS:
-        if not 0 <= getattr(hyper, name) < float("inf"):
-            raise UserError(f"hyper.{name}={getattr(hyper, name):g}: must be finite and at least 0")
-    for name in ("weight_quant", "act_quant", "label_smoothing", "unscaled_1", "unscaled_2"):
-        if getattr(hyper, name) > 1:
-            raise UserError(f"hyper.{name}={getattr(hyper, name):g}: must lie between 0 and 1")
+    check_fields(hyper, "hyper")
     if hyper.quant_warmup_steps > run.steps:
         raise UserError(
             f"hyper.quant_warmup_steps={hyper.quant_warmup_steps:g} lies past the last step "
@@ -163,11 +155,6 @@ def check_hyper(run: RunConfig, hyper: Hyper) -> None:
         )
 
 
-def _known(name, names, kind):
-    if name not in names:
-        raise UserError(f"unknown {kind} {name!r}; known: {', '.join(names)}")
-
-
 def _parse(text: str, kind, path: str):
     if isinstance(kind, types.UnionType):
         if text.lower() in ("none", "null", ""):
@@ -177,10 +164,10 @@ def _parse(text: str, kind, path: str):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise UserError(f"{path}={text}: expected true or false")
+            raise UserError(f"{path}={shown(text)}: expected true or false")
         return text.lower() == "true"
     try:
         return kind(text)
     except ValueError:
         wanted = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{path}={text}: expected {wanted}") from None
+        raise UserError(f"{path}={shown(text)}: expected {wanted}") from None

@@ -1,16 +1,15 @@
-"""Everything a run holds fixed: tokens, devices, the start state and the compiled functions."""
+"""Everything a run holds fixed: tokens, devices, the compiled functions."""
 
 import functools
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import checkpoint, config, data, hf, loss, optim, reference, sharding, train
+from bitnet_jax import config, data, reference, sharding, train
 from bitnet_jax.config import Config, Replicate, UserError
+from bitnet_jax.train import STANDARD, Seams
 
 DEVICE_BYTES = 1 << 30  # a larger training split stays on the host
 
@@ -21,18 +20,24 @@ class Program:
 
     cfg: Config
     replicates: list[Replicate]
+    seams: Seams
     tokens: data.TokenData
     references: dict  # of reference.references
     mesh: jax.sharding.Mesh
     hyper: config.Hyper
     evals: train.EvalData
+    windows: data.Windows  # of the training split
     train_N: jax.Array | None  # the training split on the device; None: windows are cut on the host
 
     def init(self) -> train.TrainState:
         """All replicates at step 0, created where they live."""
         seeds = jnp.array([r.seed for r in self.replicates], jnp.uint32)
-        init = jax.jit(_init_fn(self.cfg), out_shardings=self.state_sharding)
+        init = jax.jit(self._init, out_shardings=self.state_sharding)
         return init(self.hyper, seeds, self.evals.unigram_V)
+
+    def _init(self, hyper, seeds, unigram_V):
+        init = functools.partial(train.init_state, self.cfg, seams=self.seams)
+        return jax.vmap(init, in_axes=(0, 0, None))(hyper, seeds, unigram_V)
 
     @functools.cached_property
     def state_sharding(self):
@@ -51,7 +56,7 @@ class Program:
     @functools.cached_property
     def _state_shapes(self):
         seeds = jax.ShapeDtypeStruct(self.hyper.lr_peak.shape, jnp.uint32)
-        return jax.eval_shape(_init_fn(self.cfg), self.hyper, seeds, self.evals.unigram_V)
+        return jax.eval_shape(self._init, self.hyper, seeds, self.evals.unigram_V)
 
     def train_chunk(self, state, batches):
         """(state, train numbers, eval numbers) after one chunk; the state is donated."""
@@ -60,12 +65,7 @@ class Program:
     @functools.cached_property
     def jitted_chunk(self):
         """The program of `train.make_train_chunk`; it compiles once per length of chunk."""
-        used = tuple(
-            name
-            for name in loss.REGULARISERS
-            if any(getattr(rep.hyper, name) for rep in self.replicates)
-        )
-        chunk = train.make_train_chunk(self.cfg, self.tokens.tokenizer.end_of_text, used)
+        chunk = train.make_train_chunk(self.cfg, self.windows, self.seams)
         # Pinned, because the compiler may otherwise return the state under other shardings.
         out = (self.state_sharding, sharding.replicated(self.mesh), sharding.replicated(self.mesh))
         return jax.jit(chunk, donate_argnums=0, out_shardings=out)
@@ -73,29 +73,20 @@ class Program:
     @functools.cached_property
     def evaluate(self):
         """state -> eval numbers."""
-        compiled = jax.jit(train.make_eval(self.cfg, self.tokens.tokenizer.end_of_text))
+        compiled = jax.jit(train.make_eval(self.cfg, self.seams))
         return lambda state: compiled(state, self.hyper, self.evals)
 
-    def batches(self, start: int, end: int) -> jax.Array:
-        """Window ids, or windows, of the steps start + 1 .. end for every replicate."""
-        n = data.n_windows(len(self.tokens.train_N), self.cfg.data.seq_len)
-        ids_RKB = np.array(
-            [
-                [
-                    data.window_ids(self.cfg.data, n, rep.data_seed, step)
-                    for step in range(start, end)
-                ]
-                for rep in self.replicates
-            ]
+    def batches(self, start: int, end: int):
+        """What the steps start + 1 .. end read, for every replicate.
+
+        Window ids [R, K, B] where the split is on the device, else a Batch [R, K, B, L].
+        """
+        cfg, n = self.cfg.data, len(self.windows)
+        ids_RKB = np.stack(
+            [data.window_ids(cfg, n, rep.seed, start, end) for rep in self.replicates]
         )
-        if self.train_N is None:
-            ids_RKB = data.gather(self.tokens.train_N, ids_RKB, self.cfg.data.seq_len)
-        return jax.device_put(ids_RKB, sharding.by_replicate(self.mesh))
-
-
-def _init_fn(cfg):
-    init = functools.partial(train.init_state, cfg)
-    return jax.vmap(init, in_axes=(0, 0, None))
+        batches = self.windows.cut(ids_RKB) if self.train_N is None else ids_RKB
+        return jax.device_put(batches, sharding.by_replicate(self.mesh))
 
 
 def resolve_vocab(cfg: Config, vocab_size: int) -> Config:
@@ -108,33 +99,28 @@ def resolve_vocab(cfg: Config, vocab_size: int) -> Config:
     return replace(cfg, model=replace(cfg.model, vocab_size=vocab_size))
 
 
-def build(cfg: Config, replicates: list[Replicate]) -> Program:
+def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> Program:
     """Load the corpus and place everything on the devices."""
     tokens = data.load(cfg.data)
     cfg = resolve_vocab(cfg, tokens.tokenizer.vocab_size)
-    held_out_NBL = data.eval_blocks(cfg.data, tokens.validation_N)
-    tracked_BL = None
+    windows = data.train_windows(cfg.data, tokens)
+    held_out = data.held_out_windows(cfg.data, tokens)
+    small = data.small_block(cfg.data, held_out)
+    tracked = None
     if cfg.data.track == "first_batch":
-        tracked_BL = data.first_batch(cfg.data, tokens.train_N, replicates[0].data_seed)
-    flat = held_out_NBL.reshape(-1, held_out_NBL.shape[-1])
-    weights = data.score_weights(flat, tokens.tokenizer.end_of_text, True)
-    references = reference.references(
-        tokens.train_N,
-        cfg.model.vocab_size,
-        flat,
-        weights,
-        flat if tracked_BL is None else tracked_BL,
-    )
-    unigram_V = reference.unigram_probs(tokens.train_N, cfg.model.vocab_size)
+        first = [data.window_ids(cfg.data, len(windows), rep.seed, 0, 1)[0] for rep in replicates]
+        tracked = windows.cut(np.stack(first))
+    predictors = reference.fit(tokens.train_N, cfg.model.vocab_size)
 
     mesh = sharding.make_mesh(len(replicates), cfg.data.batch_size)
     everywhere = sharding.replicated(mesh)
     hyper = jax.device_put(config.stack_hypers(replicates), sharding.by_replicate(mesh))
     evals = train.EvalData(
-        held_out_NBL,
-        tracked_BL,
-        unigram_V.astype(np.float32),
-        tokens.tokenizer.token_bytes_V.astype(np.float32),
+        small=small,
+        large=data.large_block(cfg.data, held_out),
+        tracked=tracked,
+        unigram_V=predictors.unigram_V.astype(np.float32),
+        token_bytes_V=tokens.tokenizer.token_bytes_V.astype(np.float32),
     )
     on_device = cfg.data.gather == "device" or (
         cfg.data.gather == "auto" and tokens.train_N.nbytes <= DEVICE_BYTES
@@ -142,115 +128,12 @@ def build(cfg: Config, replicates: list[Replicate]) -> Program:
     return Program(
         cfg,
         replicates,
+        seams,
         tokens,
-        references,
+        reference.references(predictors, small, tracked),
         mesh,
         hyper,
         jax.device_put(evals, everywhere),
+        windows,
         jax.device_put(np.asarray(tokens.train_N), everywhere) if on_device else None,
     )
-
-
-def start_state(program: Program, workdir: Path) -> tuple[train.TrainState, int]:
-    """Where training starts: resume this workdir, else as `run.init` says, else from scratch."""
-    steps = checkpoint.kept_steps(workdir)
-    if steps:
-        return checkpoint.restore(workdir, steps[-1], program.abstract_state), steps[-1]
-    kind, _, source = (program.cfg.run.init or "").partition(":")
-    if kind == "hf":
-        return imported_state(program, Path(source)), 0
-    if kind == "fork":
-        state, step = fork_state(program, source)
-        return (fresh_moments(program, state) if program.cfg.run.reset_optimizer else state), step
-    return program.init(), 0
-
-
-def fresh_moments(program: Program, state: train.TrainState) -> train.TrainState:
-    """Adam's moments and its count of bias correction set to 0, as in a new optimiser.
-
-    The step and the counts of the schedules stay: learning rate and decay go on as planned.
-    """
-    adam = jax.tree.map(jnp.zeros_like, state.opt_state["adam"])
-    reset = state.replace(opt_state=state.opt_state | {"adam": adam})
-    return jax.device_put(reset, program.state_sharding)
-
-
-def checkpoint_place(text: str) -> tuple[Path, int, int | None]:
-    """Folder, step and replicate of `WORKDIR[@STEP[:REPLICATE]]`; the step defaults to the last.
-
-    Raises UserError when the folder holds no checkpoints.
-    """
-    folder, step, index = re.fullmatch(r"(.*?)(?:@(\d+)(?::(\d+))?)?", text).groups()
-    steps = checkpoint.kept_steps(Path(folder))
-    if not steps:
-        raise UserError(
-            f"{text}: no checkpoints in {folder}; write it as WORKDIR[@STEP[:REPLICATE]]"
-        )
-    return Path(folder), steps[-1] if step is None else int(step), index and int(index)
-
-
-def load_replicate(
-    workdir: Path, step: int, index: int
-) -> tuple[Config, Replicate, train.TrainState]:
-    """Configuration, identity and state of one replicate of a checkpoint; raises UserError."""
-    cfg, replicates = config.from_json(checkpoint.load_config(workdir, step))
-    one = jax.eval_shape(lambda: train.init_state(cfg, replicates[0].hyper, 0))
-    state = checkpoint.restore_replicate(workdir, step, index, one)
-    return cfg, replicates[index], state
-
-
-def load_replicates(workdir: Path, step: int) -> tuple[Config, list[Replicate], train.TrainState]:
-    """Configuration, identities and states [R, ...] of a checkpoint, NumPy; raises UserError."""
-    cfg, replicates = config.from_json(checkpoint.load_config(workdir, step))
-    states = jax.eval_shape(
-        jax.vmap(lambda seed: train.init_state(cfg, replicates[0].hyper, seed)),
-        np.zeros(len(replicates), np.uint32),
-    )
-    return cfg, replicates, jax.device_get(checkpoint.restore(workdir, step, states))
-
-
-def fork_state(program: Program, source: str) -> tuple[train.TrainState, int]:
-    """Restore WORKDIR[@STEP[:REPLICATE]]: all replicates, or one copied to all of this run's."""
-    folder, step, index = checkpoint_place(source)
-    if step >= program.cfg.run.steps:
-        raise UserError(
-            f"run.init=fork:{source}: step {step} is past run.steps={program.cfg.run.steps}"
-        )
-    if index is None:
-        return checkpoint.restore(folder, step, program.abstract_state), step
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state)
-    state = checkpoint.restore_replicate(folder, step, index, one)
-    n_rep = len(program.replicates)
-    copies = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), state)
-    return jax.device_put(copies, program.state_sharding), step
-
-
-def imported_state(program: Program, folder: Path) -> train.TrainState:
-    """All replicates at step 0 with the master weights of a Hugging Face folder.
-
-    Raises UserError naming the fields in which the folder's model differs from the configuration.
-    """
-    cfg, params, tokenizer = hf.load(folder)
-    start, ours = f"run.init=hf:{folder}", program.cfg.model
-    if cfg.model.weight_format == "packed":
-        raise UserError(f"{start}: packed weights cannot be trained; export the master weights")
-    if tokenizer.key != program.tokens.tokenizer.key:
-        raise UserError(
-            f"{start}: not its tokenizer: data.tokenizer={program.cfg.data.tokenizer} differs; set "
-            f"data.tokenizer=hf:{folder}"
-        )
-    differing = [
-        f"model.{name}={value}"
-        for name, value in vars(replace(cfg.model, dtype=ours.dtype)).items()
-        if value != getattr(ours, name)
-    ]
-    if differing:
-        raise UserError(f"{start}: another model; set {' '.join(differing)}")
-    groups, n_rep = optim.param_groups(params), len(program.replicates)
-
-    def replicated(tree):
-        return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), tree)
-
-    norms = train.group_norms(params, groups)
-    state = program.init().replace(params=replicated(params), init_norm=replicated(norms))
-    return jax.device_put(state, program.state_sharding)

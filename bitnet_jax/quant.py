@@ -12,21 +12,14 @@ import jax.numpy as jnp
 EPS = 1e-5
 
 
-LARGEST_CODE = {"ternary": 1, "int4": 7, "int8": 127}  # of each weight format
+def weight_scale(w: jax.Array) -> jax.Array:
+    """Return s = 1 / max(mean|w|, 1e-5) in float32, one number for the whole tensor."""
+    return 1.0 / jnp.maximum(jnp.mean(jnp.abs(w.astype(jnp.float32))), EPS)
 
 
-def weight_scale(w: jax.Array, largest: int = 1) -> jax.Array:
-    """Return s in float32, one number for the whole tensor.
-
-    Ternary (largest code 1): 1 / max(mean|w|, 1e-5). More levels: largest / max(max|w|, 1e-5).
-    """
-    reduce = jnp.mean if largest == 1 else jnp.max
-    return largest / jnp.maximum(reduce(jnp.abs(w.astype(jnp.float32))), EPS)
-
-
-def weight_codes(w: jax.Array, scale: jax.Array, largest: int = 1) -> jax.Array:
-    """Return clip(round(w * scale), -largest, largest) in float32; halves round to even."""
-    return jnp.clip(jnp.round(w.astype(jnp.float32) * scale), -largest, largest)
+def weight_codes(w: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return clip(round(w * scale), -1, 1) in float32; halves round to even."""
+    return jnp.clip(jnp.round(w.astype(jnp.float32) * scale), -1, 1)
 
 
 def activation_scale(x: jax.Array) -> jax.Array:
@@ -59,35 +52,33 @@ def unpack_ternary(packed: jax.Array) -> jax.Array:
     return jnp.concatenate(planes, axis=1).astype(jnp.int8) - 1
 
 
-def _divide(codes: jax.Array, scale: jax.Array) -> jax.Array:
+def divide(codes: jax.Array, scale: jax.Array) -> jax.Array:
     """codes / scale, rounded once: XLA would turn a broadcast divisor into its reciprocal."""
     return codes / (scale + 0 * codes)
 
 
-def _lerp(x, q, strength):
+def blend(x, q, strength):
     """(1 - strength) x + strength q: exactly x at strength 0 and exactly q at strength 1."""
     return (1 - strength) * x.astype(jnp.float32) + strength * q
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def quantize_weight(
-    w: jax.Array, strength: jax.Array, dtype: jnp.dtype, largest: int = 1
-) -> jax.Array:
-    """Codes / s, ternary unless `largest` says more, cast to `dtype` once; identity gradient.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def quantize_weight(w: jax.Array, strength: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Ternary codes / s, cast to `dtype` once; identity gradient.
 
     A custom_vjp rather than `w + stop_gradient(q - w)`: in bfloat16 that sum rounds to six distinct
     values instead of three. `strength` in [0, 1] blends with the latent weights (quantisation
     warm-up) and receives no gradient.
     """
-    scale = weight_scale(w, largest)
-    return _lerp(w, _divide(weight_codes(w, scale, largest), scale), strength).astype(dtype)
+    scale = weight_scale(w)
+    return blend(w, divide(weight_codes(w, scale), scale), strength).astype(dtype)
 
 
-def _weight_fwd(w, strength, dtype, largest):
-    return quantize_weight(w, strength, dtype, largest), (jnp.zeros((0,), w.dtype), strength)
+def _weight_fwd(w, strength, dtype):
+    return quantize_weight(w, strength, dtype), (jnp.zeros((0,), w.dtype), strength)
 
 
-def _weight_bwd(dtype, largest, residuals, grad):
+def _weight_bwd(dtype, residuals, grad):
     like_w, strength = residuals
     return grad.astype(like_w.dtype), jnp.zeros_like(strength)
 
@@ -99,7 +90,7 @@ quantize_weight.defvjp(_weight_fwd, _weight_bwd)
 def quantize_activation(x: jax.Array, strength: jax.Array) -> jax.Array:
     """int8 codes / t per token (last axis), in the type of `x`; the gradient passes unchanged."""
     scale = activation_scale(x)
-    return _lerp(x, _divide(int8_codes(x, scale), scale), strength).astype(x.dtype)
+    return blend(x, divide(int8_codes(x, scale), scale), strength).astype(x.dtype)
 
 
 def _activation_fwd(x, strength):

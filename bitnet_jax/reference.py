@@ -4,9 +4,14 @@ Uniform, unigram, bigram, and the tempered unigram: the best a model can do that
 All losses and entropies are in nats.
 """
 
+from dataclasses import dataclass
+
+import jax
 import numpy as np
 from scipy import sparse
 from scipy.special import entr, xlogy
+
+from bitnet_jax.data import Batch
 
 FIT_TOKENS = 50_000_000  # the predictors are fitted on at most this many tokens from the start
 CURVE_SCALES = tuple(i / 20 for i in range(25))
@@ -19,27 +24,83 @@ def unigram_probs(tokens_N, vocab_size: int, alpha: float = 0.1) -> np.ndarray:
     return counts_V / counts_V.sum()
 
 
-def references(train_N, vocab_size: int, held_out, weights, tracked) -> dict:
+@dataclass(frozen=True)
+class Scores:
+    """Per position [..., L]: losses in nats, the bigram's entropy and its most likely token."""
+
+    unigram_nats: np.ndarray
+    bigram_nats: np.ndarray
+    bigram_entropy: np.ndarray
+    bigram_argmax: np.ndarray
+
+
+@dataclass(frozen=True)
+class Predictors:
+    """Unigram and bigram fitted on the first FIT_TOKENS tokens of the training text."""
+
+    unigram_V: np.ndarray
+    counts_VV: sparse.csr_array
+
+    def score(self, batch: Batch) -> Scores:
+        """What both give on every position of a batch of any shape [..., L]."""
+        contexts_N, targets_N = np.ravel(batch.inputs), np.ravel(batch.targets)
+        order_N = np.argsort(contexts_N, kind="stable")
+        nats_N, entropy_N = np.empty(len(order_N)), np.empty(len(order_N))
+        argmax_N = np.empty(len(order_N), np.int64)
+        contexts = np.unique(contexts_N)
+        sorted_N = contexts_N[order_N]
+        for start in range(0, len(contexts), CHUNK_ROWS):
+            contexts_C = contexts[start : start + CHUNK_ROWS]
+            rows_CV = bigram_rows(self.counts_VV, self.unigram_V, contexts_C)
+            here = order_N[slice(*np.searchsorted(sorted_N, [contexts_C[0], contexts_C[-1] + 1]))]
+            row_N = np.searchsorted(contexts_C, contexts_N[here])
+            nats_N[here] = -np.log(rows_CV[row_N, targets_N[here]])
+            entropy_N[here] = entr(rows_CV).sum(axis=1)[row_N]
+            argmax_N[here] = rows_CV.argmax(axis=1)[row_N]
+        shape = np.shape(batch.targets)
+        unigram = -np.log(self.unigram_V)[np.asarray(batch.targets)]
+        return Scores(unigram, *(x.reshape(shape) for x in (nats_N, entropy_N, argmax_N)))
+
+
+def fit(train_N, vocab_size: int) -> Predictors:
+    """Fit the predictors on at most FIT_TOKENS tokens."""
+    fit_N = np.asarray(train_N[:FIT_TOKENS]).astype(np.int64)
+    return Predictors(unigram_probs(fit_N, vocab_size), bigram_counts(fit_N, vocab_size))
+
+
+def references(predictors: Predictors, held_out: Batch, tracked: Batch | None = None) -> dict:
     """Score the predictors: a JSON-able dict.
 
-    `held_out` windows [n, L+1] with `weights` [n, L] give "loss" and "entropy", means over scored
-    positions; `tracked` windows [m, L+1] give "distinct", the number of distinct predictions
-    (argmax, ties to the lowest id) over all their positions, beside the distinct targets there.
+    `held_out` gives "loss" and "entropy", means over scored positions. "distinct" is the number of
+    distinct predictions (argmax, ties to the lowest id) over all positions of a batch of `tracked`
+    [R, B, L], beside the distinct targets there: the mean over its R batches. Without `tracked` it
+    is counted over all of `held_out`.
     """
-    fit_N = np.asarray(train_N[:FIT_TOKENS]).astype(np.int64)
-    unigram_V = unigram_probs(fit_N, vocab_size)
+    unigram_V, weights = predictors.unigram_V, held_out.weights
+    vocab_size, total = len(unigram_V), weights.sum(dtype=np.float64)
     target_counts_V = np.bincount(
-        held_out[:, 1:].ravel(), weights=weights.ravel(), minlength=vocab_size
+        held_out.targets.ravel(), weights=weights.ravel(), minlength=vocab_size
     )
+    scores = predictors.score(held_out)
+    counted = jax.tree.map(lambda x: x[None], held_out) if tracked is None else tracked
+    argmax_R = predictors.score(counted).bigram_argmax
+
+    def distinct(tokens_R):
+        return float(np.mean([len(np.unique(tokens)) for tokens in tokens_R]))
+
     unigram = unigram_curve(unigram_V, target_counts_V, [1.0])
     uniform = float(np.log(vocab_size))
     return {
-        "positions": int(weights.sum()),
-        "tracked_positions": int(tracked[:, 1:].size),
-        "targets": {"distinct": len(np.unique(tracked[:, 1:]))},
+        "positions": int(total),
+        "tracked_positions": int(counted.targets[0].size),
+        "targets": {"distinct": distinct(counted.targets)},
         "uniform": {"loss": uniform, "entropy": uniform, "distinct": 1},
         "unigram": {"loss": unigram["loss"][0], "entropy": unigram["entropy"][0], "distinct": 1},
-        "bigram": _score_bigram(fit_N, unigram_V, held_out, weights, tracked),
+        "bigram": {
+            "loss": float((scores.bigram_nats * weights).sum() / total),
+            "entropy": float((scores.bigram_entropy * weights).sum() / total),
+            "distinct": distinct(argmax_R),
+        },
         "curve": unigram_curve(unigram_V, target_counts_V, CURVE_SCALES),
     }
 
@@ -77,30 +138,3 @@ def bigram_rows(counts_VV: sparse.csr_array, unigram_V, contexts_C) -> np.ndarra
     kinds_C1 = np.maximum(np.diff(counts_CV.indptr), 1)[:, None]
     rows_CV = counts_CV.toarray() + kinds_C1 * unigram_V
     return rows_CV / (counts_CV.sum(axis=1)[:, None] + kinds_C1)
-
-
-def _score_bigram(fit_N, unigram_V, held_out, weights, tracked) -> dict:
-    counts_VV = bigram_counts(fit_N, len(unigram_V))
-    contexts_n, targets_n, weights_n = (
-        a.ravel() for a in (held_out[:, :-1], held_out[:, 1:], weights)
-    )
-    order_n = np.argsort(contexts_n, kind="stable")
-    contexts_n, targets_n, weights_n = (a[order_n] for a in (contexts_n, targets_n, weights_n))
-    followed = np.unique(tracked[:, :-1])
-    needed = np.union1d(contexts_n, followed)
-    loss = entropy = 0.0
-    predictions = set()
-    for start in range(0, len(needed), CHUNK_ROWS):
-        contexts_C = needed[start : start + CHUNK_ROWS]
-        rows_CV = bigram_rows(counts_VV, unigram_V, contexts_C)
-        here = slice(*np.searchsorted(contexts_n, [contexts_C[0], contexts_C[-1] + 1]))
-        row_n = np.searchsorted(contexts_C, contexts_n[here])
-        loss -= weights_n[here] @ np.log(rows_CV[row_n, targets_n[here]])
-        entropy += weights_n[here] @ entr(rows_CV).sum(axis=1)[row_n]
-        predictions |= set(rows_CV[np.isin(contexts_C, followed)].argmax(axis=1).tolist())
-    total = weights.sum(dtype=np.float64)
-    return {
-        "loss": float(loss / total),
-        "entropy": float(entropy / total),
-        "distinct": len(predictions),
-    }

@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, collapse, config, generate, log, optim, report
-from bitnet_jax import program as programs
+from bitnet_jax import checkpoint, collapse, config, generate, log, optim, report, restore
 from bitnet_jax.config import Config, Replicate, UserError
-from bitnet_jax.program import Program
+from bitnet_jax.program import Program, build
+from bitnet_jax.train import STANDARD, Seams
 
 N_PROMPTS = 16  # held-out beginnings that every replicate continues at the end
 N_SHOWN = 3  # of them on the page
@@ -38,7 +38,14 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def run(cfg: Config, replicates: list[Replicate], workdir: Path, *, resume: bool = False) -> dict:
+def run(
+    cfg: Config,
+    replicates: list[Replicate],
+    workdir: Path,
+    *,
+    resume: bool = False,
+    seams: Seams = STANDARD,
+) -> dict:
     """Train all replicates and write the workdir; returns the content of summary.json.
 
     Raises UserError for a mistake in the request, TrainingFailed on NaN or inf, Interrupted after a
@@ -46,7 +53,7 @@ def run(cfg: Config, replicates: list[Replicate], workdir: Path, *, resume: bool
     """
     prepare_workdir(workdir, resume)
     try:
-        program = programs.build(cfg, replicates)
+        program = build(cfg, replicates, seams)
         settings = config.to_json(program.cfg, replicates)
         check_same(workdir, settings, program.tokens.identity)
         if (workdir / "summary.json").exists():
@@ -103,7 +110,7 @@ def chunk_ends(run: config.RunConfig) -> list[int]:
 
 def _train(program: Program, settings: dict, workdir: Path) -> dict:
     cfg, began = program.cfg, time.monotonic()
-    state, start = programs.start_state(program, workdir)
+    state, start = restore.start_state(program, workdir)
     manager = checkpoint.open_manager(workdir, cfg.run)
     _describe(program, settings, workdir)
     metrics = log.Metrics(workdir, start, program.replicates)

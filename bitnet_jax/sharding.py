@@ -55,8 +55,8 @@ def by_replicate(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P("replicate"))
 
 
-def split_batch(windows_BL: jax.Array) -> jax.Array:
-    """Split the windows of one replicate over the `data` axis of the mesh in use, if any."""
+def split_batch(batch):
+    """Split the leading axis of a replicate's batch over the `data` axis of the mesh, if any."""
     if jax.sharding.get_abstract_mesh().empty:
-        return windows_BL
-    return jax.lax.with_sharding_constraint(windows_BL, P("data"))
+        return batch
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P("data")), batch)

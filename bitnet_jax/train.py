@@ -5,6 +5,8 @@ one dispatch on donated state.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -12,10 +14,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bitnet_jax import collapse, data, optim, quant, sharding
+from bitnet_jax import collapse, loss, optim, quant, sharding
 from bitnet_jax.config import Config, Hyper
-from bitnet_jax.loss import next_token_loss, regularisation
+from bitnet_jax.data import Batch, Windows
 from bitnet_jax.model import Transformer
+
+
+@dataclass(frozen=True)
+class Seams:
+    """Functions of the step that an experiment may give its own of; their numbers: `Hyper.extra`.
+
+    Equal seams compile one program, so give functions of a module, not lambdas made anew.
+    """
+
+    loss: Callable = loss.training_loss
+    optimizer: Callable = optim.make_optimizer
+    quantize_weight: Callable = quant.quantize_weight
+
+
+STANDARD = Seams()
 
 
 @flax.struct.dataclass
@@ -33,16 +50,21 @@ class TrainState:
 
 @flax.struct.dataclass
 class EvalData:
-    """What evaluations look at; the same for all replicates."""
+    """What evaluations look at."""
 
-    held_out_NBL: jax.Array  # windows of L + 1 tokens
-    tracked_BL: jax.Array | None  # the first training batch, or None to track the held-out ones
+    small: Batch  # [N, B, L], of every evaluation
+    large: Batch  # [N, B, L], of the stage boundary and the end
+    tracked: Batch | None  # [R, B, L], each replicate's first training batch; None: the small block
     unigram_V: jax.Array
     token_bytes_V: jax.Array
 
 
 def init_state(
-    cfg: Config, hyper: Hyper, seed: jax.Array, unigram_V: jax.Array | None = None
+    cfg: Config,
+    hyper: Hyper,
+    seed: jax.Array,
+    unigram_V: jax.Array | None = None,
+    seams: Seams = STANDARD,
 ) -> TrainState:
     """Initialise one replicate from its seed; an output bias starts at log `unigram_V`."""
     tokens_BL = jnp.zeros((1, 2), jnp.int32)
@@ -50,7 +72,7 @@ def init_state(
     if cfg.model.output_bias and unigram_V is not None:
         params = params | {"output_bias": jnp.log(unigram_V)}
     groups = optim.param_groups(params)
-    opt_state = optim.make_optimizer(cfg.optim, cfg.run, hyper, groups).init(params)
+    opt_state = seams.optimizer(cfg.optim, cfg.run, hyper, groups).init(params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, params, opt_state, group_norms(params, groups))
 
@@ -80,38 +102,50 @@ def at_step(hyper: Hyper, step: jax.Array) -> Hyper:
 
 def train_step(
     cfg: Config,
+    seams: Seams,
     state: TrainState,
     hyper: Hyper,
-    windows_BL: jax.Array,
-    end_of_text: int,
-    regularisers: tuple[str, ...] = (),
-    unigram_V: jax.Array | None = None,
+    batch: Batch,
+    unigram_V: jax.Array,
+    report: jax.Array | bool = True,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of one replicate on windows of L + 1 tokens.
+    """One update of one replicate on a batch [B, L].
 
-    The gradient is that of the cross-entropy plus the named `regularisers`; the loss in the
-    scalars is the cross-entropy alone.
+    The gradient is that of `seams.loss`; the loss in the numbers is the cross-entropy alone.
     Once the loss or a gradient is not finite the parameters no longer change, and `state.failed`
-    holds the number of that update.
+    holds the number of that update. Unless `report`, the numbers of `update_numbers` are 0: they
+    cost a pass over all parameters.
     """
-    model = Transformer(cfg.model)
-    groups = optim.param_groups(state.params)
-    tx = optim.make_optimizer(cfg.optim, cfg.run, hyper, groups)
-    weights_BL = data.score_weights(windows_BL, end_of_text, cfg.data.score_last)
-
+    model = Transformer(cfg.model, seams.quantize_weight)
     now = at_step(hyper, state.step)
 
-    def loss_fn(params):
-        logits_BLV = model.apply({"params": params}, windows_BL[:, :-1], now)
-        loss = next_token_loss(logits_BLV, windows_BL[:, 1:], weights_BL)
-        extra = regularisation(regularisers, logits_BLV, windows_BL, weights_BL, unigram_V, hyper)
-        return loss + extra, loss
+    def objective(params):
+        logits_BLV = model.apply({"params": params}, batch.inputs, now)
+        return seams.loss(logits_BLV, batch, hyper, unigram_V), loss.cross_entropy(
+            logits_BLV, batch
+        )
 
-    (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (_, nats), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     grad_norms = jax.tree.map(jnp.linalg.norm, grads)
-    n = state.step + 1
     norm = optax.tree.norm(grad_norms)
-    ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.failed == 0)
+    ok = jnp.isfinite(nats) & jnp.isfinite(norm) & (state.failed == 0)
+    state, numbers = jax.lax.cond(
+        report,
+        partial(_update, cfg, seams, hyper, True),
+        partial(_update, cfg, seams, hyper, False),
+        *(state, grads, norm, ok),
+    )
+    return state, numbers | {
+        "train/loss": nats,
+        "train/grad_norm": norm,
+        "grad_finite": jnp.stack([jnp.isfinite(g) for g in jax.tree.leaves(grad_norms)]),
+    }
+
+
+def _update(cfg, seams, hyper, report: bool, state, grads, norm, ok):
+    """The state after the optimiser's update, and `update_numbers` of it, or zeros."""
+    groups = optim.param_groups(state.params)
+    tx = seams.optimizer(cfg.optim, cfg.run, hyper, groups)
     # Zeroing what goes into and comes out of the optimiser fuses with it; selecting between the old
     # and the new state would cost another pass over all of it.
     grads = jax.tree.map(lambda g: jnp.where(ok, g, 0), grads)
@@ -119,48 +153,48 @@ def train_step(
         grads, state.opt_state, state.params, grad_norm=jnp.where(ok, norm, 0)
     )
     updates = jax.tree.map(lambda u: jnp.where(ok, u, 0), updates)
-    params = optax.apply_updates(state.params, updates)
-    failed = jnp.where(ok | (state.failed > 0), state.failed, n)
-    scalars = {
-        "loss": loss,
-        "grad_norm": norm,
-        "grad_finite": jnp.stack([jnp.isfinite(g) for g in jax.tree.leaves(grad_norms)]),
-    }
-    return TrainState(n, failed, params, opt_state, state.init_norm), scalars
-
-
-def update_scalars(cfg: Config, state: TrainState, hyper: Hyper) -> dict[str, jax.Array]:
-    """Size and direction of the update that led to `state`."""
-    groups = optim.param_groups(state.params)
-    updates, by_decay = optim.last_update(
-        cfg.optim, cfg.run, hyper, groups, state.params, state.opt_state, state.step
+    n = state.step + 1
+    after = state.replace(
+        step=n,
+        failed=jnp.where(ok | (state.failed > 0), state.failed, n),
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
     )
-    parts_w, parts_u = by_group(state.params, groups), by_group(updates, groups)
-    parts_d = by_group(by_decay, groups)
-    out = {
+
+    def numbers():
+        by_decay = tx.decay_part(state.params, opt_state)
+        return update_numbers(cfg, hyper, groups, after, updates, by_decay)
+
+    if report:
+        return after, numbers()
+    return after, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(numbers))
+
+
+def update_numbers(cfg: Config, hyper: Hyper, groups, after: TrainState, updates, by_decay) -> dict:
+    """Size and direction of the `updates` that led to the state `after`; `by_decay`: their part."""
+    numbers = {
         "train/update_norm": optax.tree.norm(updates),
-        "train/param_norm": optax.tree.norm(state.params),
-        "train/lr": optim.learning_rate(hyper, state.step, cfg.run),
+        "train/param_norm": optax.tree.norm(after.params),
+        "train/lr": optim.learning_rate(hyper, after.step, cfg.run),
         "train/weight_decay": optim.by_stage(
-            state.step,
+            after.step,
             cfg.run,
-            hyper.coupled_1 + hyper.decoupled_1 + hyper.unscaled_1,
-            hyper.coupled_2 + hyper.decoupled_2 + hyper.unscaled_2,
+            hyper.coupled_1 + hyper.decoupled_1,
+            hyper.coupled_2 + hyper.decoupled_2,
         ),
     }
-    for group, w in parts_w.items():
-        u = parts_u[group]
-        norms = optax.tree.norm(u) * optax.tree.norm(w)
-        out[f"decay/update_weight_cosine_{group}"] = optax.tree.vdot(u, w) / jnp.maximum(
-            norms, 1e-30
-        )
-        d = parts_d[group]
-        by_decay_norm, rest = optax.tree.norm(d), optax.tree.norm(optax.tree.sub(u, d))
-        out[f"decay/update_share_{group}"] = by_decay_norm / jnp.maximum(
-            by_decay_norm + rest, 1e-30
-        )
-        out[f"decay/norm_ratio_{group}"] = optax.tree.norm(w) / state.init_norm[group]
-    return out
+    weights, updates, decays = (by_group(x, groups) for x in (after.params, updates, by_decay))
+    for group, w in weights.items():
+        u, d = updates[group], decays[group]
+        norm, decay_norm = optax.tree.norm(w), optax.tree.norm(d)
+        rest = optax.tree.norm(optax.tree.sub(u, d))
+        cosine = optax.tree.vdot(u, w) / jnp.maximum(optax.tree.norm(u) * norm, 1e-30)
+        numbers |= {
+            f"decay/update_weight_cosine_{group}": cosine,
+            f"decay/update_share_{group}": decay_norm / jnp.maximum(decay_norm + rest, 1e-30),
+            f"decay/norm_ratio_{group}": norm / after.init_norm[group],
+        }
+    return numbers
 
 
 def matrices(params) -> dict[str, jax.Array]:
@@ -170,18 +204,17 @@ def matrices(params) -> dict[str, jax.Array]:
     return {optim.path_name(path): w for (path, w), group in named if group == "matrix"}
 
 
-def codes(params, weight_format: str) -> dict[str, jax.Array]:
-    """int8 codes of the quantised parameters by path."""
-    largest = quant.LARGEST_CODE[weight_format]
+def codes(params) -> dict[str, jax.Array]:
+    """int8 ternary codes of the quantised parameters by path."""
     return {
-        name: quant.weight_codes(w, quant.weight_scale(w, largest), largest).astype(jnp.int8)
+        name: quant.weight_codes(w, quant.weight_scale(w)).astype(jnp.int8)
         for name, w in matrices(params).items()
     }
 
 
-def quant_scalars(params, codes_before: dict[str, jax.Array], weight_format: str) -> dict:
+def quant_numbers(params, codes_before: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Share of zero codes, share of codes that changed since `codes_before`, mean |w| by module."""
-    now = codes(params, weight_format)
+    now = codes(params)
     size = sum(q.size for q in now.values())
     scales: dict[str, list] = {}
     for name, w in matrices(params).items():
@@ -193,32 +226,36 @@ def quant_scalars(params, codes_before: dict[str, jax.Array], weight_format: str
     }
 
 
-def evaluate(
-    cfg: Config, params, hyper: Hyper, evals: EvalData, end_of_text: int
-) -> dict[str, jax.Array]:
-    """The `eval/*`, `collapse/*` and `track/*` numbers of R replicates, each [R].
+def block_stats(cfg: Config, seams: Seams, params, hyper: Hyper, block: Batch, token_bytes_V):
+    """`collapse.Stats` [R] of R replicates on one batch [B, L]; `hyper` is that of the step."""
+    model = Transformer(cfg.model, seams.quantize_weight)
+
+    def forward(params, hyper):
+        return model.apply({"params": params}, block.inputs, hyper)
+
+    logits_RBLV = jax.vmap(forward, spmd_axis_name="replicate")(params, hyper)
+    return collapse.stats(logits_RBLV, block.targets, block.weights, token_bytes_V)
+
+
+def evaluate(cfg: Config, seams: Seams, params, hyper: Hyper, evals: EvalData) -> dict:
+    """The `eval/*`, `collapse/*` and `track/*` numbers of R replicates on the small block, [R].
 
     `hyper` is that of the step (`at_step`).
     """
-    model = Transformer(cfg.model)
 
-    def forward(params, hyper, tokens_BL):
-        return model.apply({"params": params}, tokens_BL, hyper)
+    def stats(block):
+        return block_stats(cfg, seams, params, hyper, block, evals.token_bytes_V)
 
-    forward_R = jax.vmap(forward, in_axes=(0, 0, None), spmd_axis_name="replicate")
-
-    def batch_stats(windows_BL):
-        logits_RBLV = forward_R(params, hyper, windows_BL[:, :-1])
-        weights_BL = data.score_weights(windows_BL, end_of_text, True)
-        return collapse.stats(logits_RBLV, windows_BL[:, 1:], weights_BL, evals.token_bytes_V)
-
-    if evals.tracked_BL is None:
-        held_out = collapse.merge(jax.lax.map(batch_stats, evals.held_out_NBL))
+    held_out = collapse.merge(jax.lax.map(stats, evals.small))
+    if evals.tracked is None:
         return collapse.finalize(held_out, held_out, evals.unigram_V)
-    blocks_NBL = jnp.concatenate([evals.tracked_BL[None], evals.held_out_NBL])
-    batches = jax.lax.map(batch_stats, blocks_NBL)
-    tracked = jax.tree.map(lambda x: x[0], batches)
-    held_out = collapse.merge(jax.tree.map(lambda x: x[1:], batches))
+
+    def stats_1(params, hyper, block):
+        one = jax.tree.map(lambda x: x[None], (params, hyper))
+        found = block_stats(cfg, seams, *one, block, evals.token_bytes_V)
+        return jax.tree.map(lambda x: x[0], found)
+
+    tracked = jax.vmap(stats_1)(params, hyper, evals.tracked)
     return {
         **collapse.finalize(held_out, tracked, evals.unigram_V),
         "track/loss": tracked.nats / tracked.positions,
@@ -226,14 +263,13 @@ def evaluate(
     }
 
 
-def make_eval(cfg: Config, end_of_text: int) -> Callable:
+def make_eval(cfg: Config, seams: Seams = STANDARD) -> Callable:
     """Return eval_step(state, hyper, evals) -> numbers [R]: a chunk's evaluation without steps."""
 
     def eval_step(state: TrainState, hyper: Hyper, evals: EvalData):
         now = at_step(hyper, state.step)
-        scalars = evaluate(cfg, state.params, now, evals, end_of_text)
-        fmt = cfg.model.weight_format
-        return scalars | jax.vmap(lambda p: quant_scalars(p, codes(p, fmt), fmt))(state.params)
+        numbers = evaluate(cfg, seams, state.params, now, evals)
+        return numbers | jax.vmap(lambda p: quant_numbers(p, codes(p)))(state.params)
 
     return eval_step
 
@@ -253,41 +289,40 @@ def over_replicates(steps: Callable, n_rep: int) -> Callable:
     return steps_1
 
 
-def make_train_chunk(cfg: Config, end_of_text: int, regularisers: tuple[str, ...] = ()) -> Callable:
+def make_train_chunk(cfg: Config, windows: Windows, seams: Seams = STANDARD) -> Callable:
     """Return chunk(state, hyper, evals, tokens_N, batches) -> (state, train, eval numbers).
 
-    `batches` is [R, K, B] window ids into `tokens_N`, or, when `tokens_N` is None, the windows
-    themselves [R, K, B, L + 1]. Numbers are [R], those of training of the last step; besides,
-    `losses` is [R, K] and `grad_finite` [R, K, parameters].
+    `batches` is a Batch [R, K, B, L], or window ids [R, K, B] into `tokens_N`. Numbers are [R],
+    those of training of the last step; besides, `losses` is [R, K] and `grad_finite`
+    [R, K, parameters].
     """
 
-    fmt = cfg.model.weight_format
-
-    def steps(state, hyper, shared, batches_KB):
+    def steps(state, hyper, shared, batches_K):
         tokens_N, unigram_V = shared
-        codes_before = codes(state.params, fmt)
+        codes_before = codes(state.params)
 
-        def body(state, batch):
-            on_host = tokens_N is None
-            windows_BL = batch if on_host else data.gather(tokens_N, batch, cfg.data.seq_len)
-            windows_BL = sharding.split_batch(windows_BL)
-            return train_step(cfg, state, hyper, windows_BL, end_of_text, regularisers, unigram_V)
+        def body(state, step):
+            batch, last = step
+            if not isinstance(batch, Batch):
+                batch = windows.cut(batch, tokens_N)
+            batch = sharding.split_batch(batch)
+            return train_step(cfg, seams, state, hyper, batch, unigram_V, last)
 
-        state, scalars = jax.lax.scan(body, state, batches_KB)
-        train = {
-            "train/loss": scalars["loss"][-1],
-            "train/grad_norm": scalars["grad_norm"][-1],
-            **update_scalars(cfg, state, hyper),
+        n_steps = jax.tree.leaves(batches_K)[0].shape[0]
+        last_K = jnp.arange(n_steps) == n_steps - 1
+        state, numbers_K = jax.lax.scan(body, state, (batches_K, last_K))
+        train = {name: x[-1] for name, x in numbers_K.items() if "/" in name}
+        train |= {
             "failed": state.failed,
-            "losses": scalars["loss"],
-            "grad_finite": scalars["grad_finite"],
+            "losses": numbers_K["train/loss"],
+            "grad_finite": numbers_K["grad_finite"],
         }
-        return state, train, quant_scalars(state.params, codes_before, fmt)
+        return state, train, quant_numbers(state.params, codes_before)
 
     def chunk(state, hyper, evals, tokens_N, batches):
-        steps_R = over_replicates(steps, batches.shape[0])
+        steps_R = over_replicates(steps, state.step.shape[0])
         state, train, quantised = steps_R(state, hyper, (tokens_N, evals.unigram_V), batches)
         now = at_step(hyper, state.step)
-        return state, train, evaluate(cfg, state.params, now, evals, end_of_text) | quantised
+        return state, train, evaluate(cfg, seams, state.params, now, evals) | quantised
 
     return chunk

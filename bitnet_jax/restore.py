@@ -1,0 +1,118 @@
+"""The ways a state comes to be: resumed, forked, imported, from scratch; one replicate of it."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_jax import checkpoint, config, hf, optim, train
+from bitnet_jax.config import Config, Replicate, UserError
+from bitnet_jax.program import Program
+
+
+def start_state(program: Program, workdir: Path) -> tuple[train.TrainState, int]:
+    """Where training starts: resume this workdir, else as `run.init` says, else from scratch."""
+    steps = checkpoint.kept_steps(workdir)
+    if steps:
+        return checkpoint.restore(workdir, steps[-1], program.abstract_state), steps[-1]
+    kind, _, source = (program.cfg.run.init or "").partition(":")
+    if kind == "hf":
+        return imported_state(program, Path(source)), 0
+    if kind == "fork":
+        state, step = fork_state(program, source)
+        return (fresh_moments(program, state) if program.cfg.run.reset_optimizer else state), step
+    return program.init(), 0
+
+
+def fresh_moments(program: Program, state: train.TrainState) -> train.TrainState:
+    """Adam's moments and its count of bias correction set to 0, as in a new optimiser.
+
+    The step and the counts of the schedules stay: learning rate and decay go on as planned.
+    """
+    adam = jax.tree.map(jnp.zeros_like, state.opt_state["adam"])
+    reset = state.replace(opt_state=state.opt_state | {"adam": adam})
+    return jax.device_put(reset, program.state_sharding)
+
+
+def checkpoint_place(text: str) -> tuple[Path, int, int | None]:
+    """Folder, step and replicate of `WORKDIR[@STEP[:REPLICATE]]`; the step defaults to the last.
+
+    Raises UserError when the folder holds no checkpoints.
+    """
+    folder, step, index = re.fullmatch(r"(.*?)(?:@(\d+)(?::(\d+))?)?", text).groups()
+    steps = checkpoint.kept_steps(Path(folder))
+    if not steps:
+        raise UserError(
+            f"{text}: no checkpoints in {folder}; write it as WORKDIR[@STEP[:REPLICATE]]"
+        )
+    return Path(folder), steps[-1] if step is None else int(step), index and int(index)
+
+
+def load_replicate(
+    workdir: Path, step: int, index: int
+) -> tuple[Config, Replicate, train.TrainState]:
+    """Configuration, identity and state of one replicate of a checkpoint; raises UserError."""
+    cfg, replicates = config.from_json(checkpoint.load_config(workdir, step), f"{workdir}@{step}")
+    one = jax.eval_shape(lambda: train.init_state(cfg, replicates[0].hyper, 0))
+    state = checkpoint.restore_replicate(workdir, step, index, one)
+    return cfg, replicates[index], state
+
+
+def load_replicates(workdir: Path, step: int) -> tuple[Config, list[Replicate], train.TrainState]:
+    """Configuration, identities and states [R, ...] of a checkpoint, NumPy; raises UserError."""
+    cfg, replicates = config.from_json(checkpoint.load_config(workdir, step), f"{workdir}@{step}")
+    states = jax.eval_shape(
+        jax.vmap(lambda seed: train.init_state(cfg, replicates[0].hyper, seed)),
+        np.zeros(len(replicates), np.uint32),
+    )
+    return cfg, replicates, jax.device_get(checkpoint.restore(workdir, step, states))
+
+
+def fork_state(program: Program, source: str) -> tuple[train.TrainState, int]:
+    """Restore WORKDIR[@STEP[:REPLICATE]]: all replicates, or one copied to all of this run's."""
+    folder, step, index = checkpoint_place(source)
+    if step >= program.cfg.run.steps:
+        raise UserError(
+            f"run.init=fork:{source}: step {step} is past run.steps={program.cfg.run.steps}"
+        )
+    if index is None:
+        return checkpoint.restore(folder, step, program.abstract_state), step
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state)
+    state = checkpoint.restore_replicate(folder, step, index, one)
+    n_rep = len(program.replicates)
+    copies = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), state)
+    return jax.device_put(copies, program.state_sharding), step
+
+
+def imported_state(program: Program, folder: Path) -> train.TrainState:
+    """All replicates at step 0 with the master weights of a Hugging Face folder.
+
+    Raises UserError naming the fields in which the folder's model differs from the configuration.
+    """
+    cfg, params, tokenizer = hf.load(folder)
+    start, ours = f"run.init=hf:{folder}", program.cfg.model
+    if cfg.model.weight_format == "packed":
+        raise UserError(f"{start}: packed weights cannot be trained; export the master weights")
+    if tokenizer.key != program.tokens.tokenizer.key:
+        raise UserError(
+            f"{start}: not its tokenizer: data.tokenizer={program.cfg.data.tokenizer} differs; set "
+            f"data.tokenizer=hf:{folder}"
+        )
+    differing = [
+        f"model.{name}={value}"
+        for name, value in vars(replace(cfg.model, dtype=ours.dtype)).items()
+        if value != getattr(ours, name)
+    ]
+    if differing:
+        raise UserError(f"{start}: another model; set {' '.join(differing)}")
+    groups, n_rep = optim.param_groups(params), len(program.replicates)
+
+    def replicated(tree):
+        return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), tree)
+
+    norms = train.group_norms(params, groups)
+    state = program.init().replace(params=replicated(params), init_norm=replicated(norms))
+    return jax.device_put(state, program.state_sharding)
