@@ -1,0 +1,41 @@
+"""One list of metrics describes every number that a run writes."""
+
+import pytest
+
+from bitnet_jax import metrics
+from bitnet_jax.metrics import METRICS, metric
+
+
+def test_a_key_is_described_once():
+    assert len(metrics._LIST) == len(METRICS)
+
+
+@pytest.mark.parametrize("entry", METRICS.values(), ids=list(METRICS))
+def test_a_metric_can_be_shown(entry):
+    """Its format takes a float, a table has room for its title, and its meaning ends."""
+    assert f"{0.5:{entry.format}}"
+    assert len(entry.title) <= 26
+    assert entry.meaning.endswith(".")
+    assert entry.better in (-1, 0, 1)
+    assert entry.reference in (None, "loss", "entropy", "distinct")
+
+
+def test_a_member_of_a_family_carries_its_own_name():
+    head = metric("decay/norm_ratio_head")
+    assert (head.key, head.title) == ("decay/norm_ratio_head", "weight norm: head")
+    assert (head.unit, head.meaning) == (METRICS[metrics.NORM_RATIO].unit, head.meaning)
+    assert metric(metrics.GREEDY_REP_4) is METRICS[metrics.GREEDY_REP_4]
+    assert metric("decode/greedy_distinct_2").title == "greedy: distinct 2"
+
+
+def test_an_unknown_key_names_the_nearest():
+    with pytest.raises(KeyError, match=r"eval/los.*eval/loss\?"):
+        metric("eval/los")
+    with pytest.raises(KeyError):
+        metric("nothing like it")
+
+
+def test_every_constant_names_a_metric():
+    keys = {v for k, v in vars(metrics).items() if k.isupper() and isinstance(v, str) and "/" in v}
+    assert keys <= METRICS.keys()
+    assert len(keys) > 30
