@@ -151,7 +151,6 @@ def test_replicates_are_packed_with_scales_of_their_own():
 @pytest.mark.parametrize(
     ("shape", "hyper", "message"),
     [
-        ({"weight_format": "int8"}, {}, "model.weight_format=int8: only ternary"),
         ({}, {"weight_quant": 0.5}, "weight_quant is 0.5"),
         ({}, {"act_quant": 0.0}, "act_quant is 0"),
         ({"d_ff": 50}, {}, "block_0/ffn/(gate|up)/kernel has 50 outputs"),

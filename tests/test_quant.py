@@ -222,59 +222,6 @@ def test_under_vmap_every_replicate_has_its_own_scale_and_strength():
     np.testing.assert_array_equal(found[2], w[2])
 
 
-FORMATS = quant.LARGEST_CODE
-
-
-def quantised(w, name):
-    return np.asarray(quant.quantize_weight(jnp.asarray(w), 1.0, jnp.float32, FORMATS[name]))
-
-
-@pytest.mark.parametrize(("name", "levels"), [("ternary", 3), ("int4", 15), ("int8", 255)])
-def test_weight_formats_have_their_number_of_levels(name, levels):
-    """Symmetric integers times one scale; the largest weight of int4 and int8 is kept."""
-    w = np.random.default_rng(0).uniform(-1, 1, (64, 512)).astype(np.float32)
-    codes = np.asarray(
-        quant.weight_codes(w, quant.weight_scale(w, FORMATS[name]), FORMATS[name]), int
-    )
-    largest = levels // 2
-    np.testing.assert_array_equal(np.unique(codes), np.arange(-largest, largest + 1))
-    assert len(np.unique(quantised(w, name))) == levels
-    if name != "ternary":
-        step = np.abs(w).max() / largest
-        np.testing.assert_allclose(quantised(w, name), codes * step, rtol=1e-6)
-        assert np.abs(quantised(w, name)).max() == pytest.approx(np.abs(w).max(), rel=1e-6)
-
-
-@pytest.mark.parametrize("name", ["int4", "int8"])
-def test_every_level_of_a_format_is_kept_exactly(name):
-    """Codes -largest .. largest times a power of two come back bit for bit."""
-    w = np.arange(-FORMATS[name], FORMATS[name] + 1, dtype=np.float32)[None] / 16
-    np.testing.assert_array_equal(quantised(w, name), w)
-
-
-@pytest.mark.parametrize("draw", ["normal", "uniform"])
-def test_more_levels_mean_less_noise(draw):
-    """Ternary < int4 < int8; uniform weights in steps of 1 / 127 lose 20 log10(254) dB."""
-    random = np.random.default_rng(0)
-    shape = (256, 256)
-    w = random.normal(size=shape) if draw == "normal" else random.uniform(-1, 1, shape)
-    w = w.astype(np.float32)
-    noise = {name: np.mean((w.astype(np.float64) - quantised(w, name)) ** 2) for name in FORMATS}
-    ternary, int4, int8 = (10 * np.log10(np.mean(w**2) / noise[n]) for n in FORMATS)
-    assert ternary + 6 < int4 and int4 + 20 < int8
-    if draw == "uniform":
-        assert int8 == pytest.approx(20 * np.log10(254), abs=0.2)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_gradient_passes_every_format_unchanged(name):
-    w, c = dyadic(0, (4, 8)), dyadic(1, (4, 8))
-    found = jax.grad(
-        lambda w: jnp.sum(c * quant.quantize_weight(w, 1.0, jnp.float32, FORMATS[name]))
-    )(jnp.asarray(w))
-    np.testing.assert_array_equal(found, c)
-
-
 def test_a_byte_holds_outputs_a_quarter_apart_low_bits_first():
     """code + 1 of columns j, j + 2, j + 4, j + 6 of eight: 2 + 4 * 1 + 16 * 0 + 64 * 2 = 134."""
     codes = np.array([[1, 0, 0, 1, -1, 0, 1, -1], [-1] * 8, [0] * 8, [1] * 8], np.int8)
