@@ -7,8 +7,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -16,8 +14,9 @@ from markupsafe import Markup
 
 from bitnet_jax import metrics
 from bitnet_jax.charts import MAX_POINTS, PALETTE, Series, line_chart, phase_portrait
-from bitnet_jax.collapse import ALARM, FINE, LABELS
+from bitnet_jax.collapse import ALARM, LABELS
 from bitnet_jax.config import UserError
+from bitnet_jax.log import Rows, read_thinned
 from bitnet_jax.metrics import METRICS, metric
 
 HERO = (metrics.LOSS, metrics.DISTINCT)  # drawn larger, side by side
@@ -45,22 +44,10 @@ STANDARD_ERRORS = {  # number -> its standard error, shown beside it
 }
 PREDICTORS = ("unigram", "bigram", "uniform", "targets")  # keys of config.json's references
 PREDICTOR_NAMES = {"targets": "text"}
-LARGE = "large block"  # a kind of row, whatever the rows are called
 SHOWN_LINE_BREAKS = 2
-HEAD_OF_ROW = re.compile(rb'\{"step": (\d+), "replicate": (\d+), "kind": "(\w+)"')
 
 
 # -------------------------------------------------------------------------------------- the files
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of metrics.jsonl by what the page does with them, each oldest first."""
-
-    drawn: list[dict]  # thinned: at most MAX_POINTS of each replicate and kind, and the last one
-    last: dict[int, dict]  # replicate -> its last evaluation
-    trained: dict[int, dict]  # replicate -> its last row of training
-    large: dict[int, dict]  # replicate -> its last row of the large block
 
 
 def write_page(workdir: Path) -> Path:
@@ -72,67 +59,12 @@ def write_page(workdir: Path) -> Path:
     config, summary = _read_json(workdir / "config.json"), _read_json(workdir / "summary.json")
     if config is None:
         raise UserError(f"{workdir}: holds no config.json, so there is no run to show")
-    rows = read_thinned(workdir / "metrics.jsonl")
+    rows = read_thinned(workdir / "metrics.jsonl", MAX_POINTS)
     path = workdir / "report.html"
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(render(workdir, config, rows, summary or {}), encoding="utf-8")
     os.replace(draft, path)
     return path
-
-
-def read_thinned(path: Path) -> Rows:
-    """The rows that a page shows, in one pass and in memory that does not grow with the run.
-
-    Only rows that are kept are parsed. A last line without its line break was cut off and is
-    dropped. Raises UserError that names the file and the line of a row that is no JSON object.
-    """
-    kept: dict[tuple, list] = {}  # (replicate, kind) -> (line number, line), every stride-th
-    stride: dict[tuple, int] = {}
-    seen: dict[tuple, int] = {}
-    last: dict[tuple, tuple[int, bytes]] = {}
-    for number, line in _lines(path):
-        head = HEAD_OF_ROW.match(line)
-        if head:
-            key = int(head[2]), head[3].decode()
-        else:
-            row = _parse(path, number, line)
-            key = row.get("replicate"), row.get("kind")
-        if b'"held_out/' in line:
-            last[key[0], LARGE] = number, line
-            if b'"eval/' not in line:
-                continue
-        last[key] = number, line
-        index = seen[key] = seen.get(key, -1) + 1
-        if index % stride.setdefault(key, 1) == 0:
-            rows = kept.setdefault(key, [])
-            rows.append((number, line))
-            if len(rows) >= MAX_POINTS:
-                del rows[1::2]
-                stride[key] *= 2
-    numbered = {pair for rows in kept.values() for pair in rows} | set(last.values())
-    parsed = {number: _parse(path, number, line) for number, line in sorted(numbered)}
-
-    def ends(kind):
-        return {i: parsed[number] for (i, k), (number, _) in sorted(last.items()) if k == kind}
-
-    return Rows(list(parsed.values()), ends("eval"), ends("train"), ends(LARGE))
-
-
-def _lines(path: Path) -> Iterable[tuple[int, bytes]]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        yield from ((n, line) for n, line in enumerate(file, 1) if line.endswith(b"\n"))
-
-
-def _parse(path, number, line) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}:{number}: not a JSON object ({error})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: not a JSON object (but {type(row).__name__})")
-    return row
 
 
 def _read_json(path):
@@ -203,59 +135,55 @@ def outcomes(workdir: Path, config: dict, rows: Rows, summary: dict) -> list[dic
     Each group has the verdict, what it means, what to do next and with which command; each of its
     replicates its seed, evidence and warnings.
     """
-    judged = summary.get("replicates") or []
+    at_end = dict(enumerate(summary.get("replicates") or []))
     groups: dict[tuple, dict] = {}
     for i, rep in enumerate(config["replicates"]):
-        row = rows.last.get(i)
-        at_end = judged[i] if i < len(judged) else {}
-        if row is None and not at_end.get("verdict"):
+        if i not in rows.last and i not in at_end:
             continue
-        verdict = {
-            key: at_end.get(key, (row or {}).get(f"collapse/{key}"))
-            for key in ("verdict", "evidence", "next", "warnings")
-        }
-        name = verdict["verdict"]
-        failed = at_end.get("failed")
-        if failed:
-            name = "nonfinite"
-            verdict["evidence"] = f"stopped at step {failed['step']}: {failed['what']}"
-        elif row is not None and not math.isfinite(_number(row.get(metrics.LOSS))):
-            name = "nonfinite"
+        judged = _judged(rows.last.get(i, {}), at_end.get(i, {}))
+        name = judged["verdict"]
         severity, outcome, advice = LABELS.get(name, LABELS["insufficient_data"])
-        group = groups.setdefault(
-            (rep["name"], name),
-            {
-                "name": rep["name"],
-                "verdict": name,
-                "outcome": outcome,
-                "state": _state(severity, outcome),
-                "next": verdict["next"] or advice,
-                "command": _command(workdir, config, summary, severity, outcome, i),
-                "replicates": [],
-            },
-        )
-        group["replicates"].append({"seed": rep["seed"], **verdict})
+        group = {
+            "name": rep["name"],
+            "verdict": name,
+            "outcome": outcome,
+            "state": _state(name, severity),
+            "next": judged["next"] or advice,
+            "command": _command(workdir, config, summary, name, i),
+            "replicates": [],
+        }
+        group = groups.setdefault((rep["name"], name), group)
+        group["replicates"].append({"seed": rep["seed"], **judged})
     return list(groups.values())
 
 
-def _state(severity, outcome) -> str:
+def _judged(row, at_end) -> dict:
+    """The verdict of the end, or of the last evaluation; of a replicate that failed, why."""
+    keys = ("verdict", "evidence", "next", "warnings")
+    judged = {key: at_end.get(key) or row.get(f"collapse/{key}") for key in keys}
+    failed = at_end.get("failed")
+    if failed:
+        why = f"step {failed['step']}: {failed['what']}"
+        return {"verdict": "nonfinite", "evidence": why, "next": None, "warnings": []}
+    if row and not math.isfinite(_number(row.get(metrics.LOSS))):
+        judged |= {"verdict": "nonfinite", "next": None}
+    return judged
+
+
+def _state(name, severity) -> str:
     """One of good, open, caution, alarm: how the page colours a verdict."""
-    if severity == FINE:
-        return "good" if outcome == LABELS["healthy"][1] else "open"
-    return "alarm" if severity == ALARM else "caution"
+    return "good" if name == "healthy" else ("open", "caution", "alarm")[severity]
 
 
-def _command(workdir, config, summary, severity, outcome, replicate) -> str | None:
+def _command(workdir, config, summary, name, replicate) -> str | None:
     """What to run next on a replicate whose last state was saved; None: nothing to run."""
-    if not summary:
+    severity, *_ = LABELS.get(name, LABELS["insufficient_data"])
+    if not summary or (severity != ALARM and name != "healthy"):
         return None
     source = f"{workdir}"
     if len(config["replicates"]) > 1:
         source += f"@{summary['step']}:{replicate}"
-    if severity == ALARM:
-        return f"triage {source}"
-    learned = _state(severity, outcome) != "open"
-    return f'generate {source} --prompt "..."' if learned else None
+    return f"triage {source}" if severity == ALARM else f'generate {source} --prompt "..."'
 
 
 # ------------------------------------------------------------------------------------- the charts
@@ -435,13 +363,13 @@ def continuations(replicates: list[dict]) -> list[dict]:
 
 
 def cap_line_breaks(text: str) -> str:
-    """Shorten runs of empty lines to how many they are."""
+    """Shorten runs of empty lines to how many they are, and drop space at the end."""
 
     def shorten(run):
         breaks = run[0].count("\n")
-        return run[0] if breaks <= SHOWN_LINE_BREAKS else f" [{breaks} line breaks]\n"
+        return run[0] if breaks <= SHOWN_LINE_BREAKS else f"\n[{breaks} line breaks]\n"
 
-    return re.sub(r"\n(?:[ \t\r]*\n)+", shorten, text)
+    return re.sub(r"\n(?:[ \t\r]*\n)+", shorten, text).strip("\n").rstrip()
 
 
 def _leaves(tree, prefix=""):
