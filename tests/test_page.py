@@ -417,7 +417,7 @@ frame.onload = () => {
   }
   for (const e of page.querySelectorAll("td[data-label]"))
     if (e.innerText.trim() && style(e.closest("table").tHead).display === "none" &&
-        !style(e, "::before")) found.push("unnamed " + e.innerText);
+        style(e, "::before").content === "none") found.push("unnamed " + e.innerText);
   found.push(cells.length + " cells");
   document.getElementById("found").textContent = JSON.stringify(found);
 };
@@ -427,16 +427,20 @@ document.body.append(frame);
 """
 
 
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """The page of eight replicates, one recipe with a long name, with a large block."""
+    config = make_config(("coupled", "a recipe with a long name"), seeds=range(4))
+    rows = make_rows(config) + [large_block(500, i) for i in range(8)]
+    return page.write_page(make_workdir(tmp_path_factory.mktemp("crowded"), config, rows))
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser_nothing_is_cut_off_and_nothing_complains(tmp_path, width):
+def test_in_a_browser_nothing_is_cut_off_and_nothing_complains(tmp_path, crowded, width):
     """A frame of this width holds the page: no window of a headless browser is as narrow."""
-    config = make_config(("coupled", "a recipe with a long name"), seeds=range(4))
-    rows = make_rows(config)
-    rows += [large_block(500, i) for i in range(8)]
-    text = page.write_page(make_workdir(tmp_path / "run", config, rows)).read_text()
     probe = tmp_path / "probe.html"
-    quoted = json.dumps(text).replace("</", "<\\/")
+    quoted = json.dumps(crowded.read_text()).replace("</", "<\\/")
     probe.write_text(PROBE.replace("WIDTH", str(width)).replace("PAGE", quoted))
     done = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
