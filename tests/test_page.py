@@ -417,7 +417,7 @@ frame.onload = () => {
   }
   for (const e of page.querySelectorAll("td[data-label]"))
     if (e.innerText.trim() && style(e.closest("table").tHead).display === "none" &&
-        style(e, "::before").content === "none") found.push("unnamed " + e.innerText);
+        !style(e, "::before").content.includes(e.dataset.label)) found.push("unnamed " + e.innerText);
   found.push(cells.length + " cells");
   document.getElementById("found").textContent = JSON.stringify(found);
 };
