@@ -402,7 +402,7 @@ frame.style.cssText = "border: 0; height: 900px; width: WIDTHpx";
 frame.onload = () => {
   const page = frame.contentDocument, root = page.scrollingElement;
   page.querySelectorAll("details").forEach(d => { d.open = true; });
-  const style = e => frame.contentWindow.getComputedStyle(e);
+  const style = (e, part) => frame.contentWindow.getComputedStyle(e, part);
   if (frame.contentWindow.innerWidth !== WIDTH) found.push("innerWidth");
   if (root.scrollWidth > WIDTH) found.push("sideways " + root.scrollWidth);
   const cells = [...page.querySelectorAll("th, td, dt, dd")].filter(e => e.innerText.trim());
@@ -415,9 +415,11 @@ frame.onload = () => {
     if (!fits || e.scrollWidth > e.clientWidth + 1) found.push("cell " + e.innerText);
     if (a.right > WIDTH || a.left < 0) found.push("card of " + e.innerText);
   }
-  for (const e of page.querySelectorAll("td[data-label]"))
-    if (e.innerText.trim() && style(e.closest("table").tHead).display === "none" &&
-        !style(e, "::before").content.includes(e.dataset.label)) found.push("unnamed " + e.innerText);
+  for (const e of page.querySelectorAll("td[data-label]")) {
+    const headless = style(e.closest("table").tHead).display === "none";
+    const named = style(e, "::before").content.includes(e.dataset.label);
+    if (e.innerText.trim() && headless && !named) found.push("unnamed " + e.innerText);
+  }
   found.push(cells.length + " cells");
   document.getElementById("found").textContent = JSON.stringify(found);
 };
