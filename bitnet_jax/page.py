@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from bitnet_jax import metrics
 from bitnet_jax.charts import MAX_POINTS, PALETTE, Series, line_chart, phase_portrait
-from bitnet_jax.collapse import ALARM, LABELS
 from bitnet_jax.config import UserError
 from bitnet_jax.log import Rows, read_thinned
 from bitnet_jax.metrics import METRICS, metric
+from bitnet_jax.verdict import ALARM, LABELS
 
 HERO = (metrics.LOSS, metrics.DISTINCT)  # drawn larger, side by side
 PHASE = "phase"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax import charts, log, metrics, page
-from bitnet_jax.collapse import LABELS
 from bitnet_jax.config import UserError
+from bitnet_jax.verdict import LABELS
 
 REFERENCES = {
     "positions": 1024,
