@@ -1,4 +1,4 @@
-"""Charts as pure functions from series to SVG text, for the report page and experiment scripts."""
+"""Charts as pure functions from series to SVG text, for the page of a run and the experiments."""
 
 import hashlib
 import io
@@ -19,15 +19,21 @@ FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 
 MAX_POINTS = 500
 STEPS = (1, 2, 2.5, 5, 10)  # distances of ticks
 LEGEND_LINE = 12.8  # points
+VARIANT_STYLE = {"lw": 0.8, "ls": (0, (3, 1.5)), "alpha": 0.75}
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. Series of one label share its colour and its entry in the legend."""
+    """One line of a chart. Series of one label share its colour and its entry in the legend.
+
+    A series with a `variant` ("training") is drawn thin and dashed beneath the others, and the
+    legend names the variant once.
+    """
 
     label: str
     x: list
     y: list
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,12 @@ def panels_svg(panels: list[Panel], *, size=(3.9, 2.7), background="none") -> st
     return _svg(fig, " and ".join(panel.title for panel in panels))
 
 
-def phase_portrait(series, curve=None, *, title="Loss against entropy") -> str:
+def phase_portrait(series, curve=None, *, title="Entropy against loss") -> str:
     """Draw each run's path (x: held-out loss, y: entropy) and the tempered-unigram curve.
 
     On the diagonal a predictor is calibrated, since dCE/d ln(scale of the logits) = CE - entropy.
     """
-    fig, (ax,) = _figure(1, (3.9, 3.0), "none")
+    fig, (ax,) = _figure(1, (3.9, 2.7), "none")
     lines = [(s, *_points(s)) for s in series]
     values = np.concatenate([np.concatenate(points) for _, *points in lines])
     if curve:
@@ -189,9 +195,12 @@ def _points(series):
 
 def _style(series, all_series):
     labels = list(dict.fromkeys(s.label for s in all_series))
-    i, alone = labels.index(series.label), len(all_series) == len(labels)
+    i, alone = labels.index(series.label), sum(not s.variant for s in all_series) <= len(labels)
+    color = PALETTE[i % len(PALETTE)]
+    if series.variant:
+        return {"color": color, **VARIANT_STYLE}
     return {
-        "color": PALETTE[i % len(PALETTE)],
+        "color": color,
         "ls": ("-", "--", ":")[i // len(PALETTE) % 3],
         "lw": 1.8 if alone else 1.0,
     }
@@ -209,7 +218,8 @@ def _draw_lines(ax, panel):
     for s in panel.series:
         x, y = _points(s)
         style = _style(s, panel.series)
-        ax.plot(x, y, zorder=3, marker="o" if len(x) == 1 else None, ms=4, **style)
+        marker = "o" if len(x) == 1 else None
+        ax.plot(x, y, zorder=2.5 if s.variant else 3, marker=marker, ms=4, **style)
         last = max([last, *x])
     for _, value in panel.references:
         ax.axhline(value, color=MUTED, lw=0.9, dashes=(3, 2), zorder=2)
@@ -245,8 +255,9 @@ def _label_references(ax, references):
 
 
 def _handles(series):
-    """One entry of the legend per label."""
-    styles = {s.label: _style(s, series) | {"lw": 1.8} for s in series}
+    """One entry of the legend per label, and one per variant."""
+    styles = {s.label: _style(s, series) | {"lw": 1.8} for s in series if not s.variant}
+    styles |= {s.variant: {"color": MUTED, **VARIANT_STYLE} for s in series if s.variant}
     return [matplotlib.lines.Line2D([], [], label=k, **v) for k, v in styles.items()]
 
 

@@ -4,9 +4,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -17,6 +21,8 @@ from bitnet_jax.collapse import LABELS
 from bitnet_jax.config import Replicate, UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
+LARGE = "large block"  # a kind of row, whatever it is called
+HEAD_OF_ROW = re.compile(rb'\{"step": \d+, "replicate": (\d+), "kind": "(\w+)"')
 
 
 def provenance() -> dict:
@@ -55,19 +61,74 @@ def read_rows(path: Path) -> list[dict]:
 
     Raises UserError that names the file and the line for any other line that is not an object.
     """
-    if not path.exists():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"but {type(row).__name__}")
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not a JSON object ({error})") from error
-        rows.append(row)
-    return rows
+    return [_parse(path, number, line) for number, line in _numbered_lines(path)]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of metrics.jsonl by what a page does with them, each oldest first."""
+
+    drawn: list[dict]  # evenly thinned, the last of each replicate and kind among them
+    last: dict[int, dict]  # replicate -> its last evaluation
+    trained: dict[int, dict]  # replicate -> its last row of training
+    large: dict[int, dict]  # replicate -> its last row of the large block
+
+
+def read_thinned(path: Path, most: int) -> Rows:
+    """Rows of metrics.jsonl, thinned to `most` and the last one of each replicate and kind.
+
+    One pass, in memory that does not grow with the run; only rows that are kept are parsed. Raises
+    UserError as `read_rows` does, for those.
+    """
+    kept: dict[tuple, list] = {}  # (replicate, kind) -> (line number, line), every stride-th
+    seen, stride = Counter(), Counter()
+    last: dict[tuple, tuple[int, bytes]] = {}
+    for number, line in _numbered_lines(path):
+        key = _replicate_and_kind(path, number, line)
+        if b'"held_out/' in line:
+            last[key[0], LARGE] = number, line
+            if b'"eval/' not in line:
+                continue
+        last[key] = number, line
+        rows = kept.setdefault(key, [])
+        if seen[key] % 2 ** stride[key] == 0:
+            rows.append((number, line))
+            if len(rows) >= most:
+                del rows[1::2]
+                stride[key] += 1
+        seen[key] += 1
+    numbered = {pair for rows in kept.values() for pair in rows} | set(last.values())
+    parsed = {number: _parse(path, number, line) for number, line in sorted(numbered)}
+
+    def ends(kind):
+        return {i: parsed[number] for (i, k), (number, _) in sorted(last.items()) if k == kind}
+
+    return Rows(list(parsed.values()), ends("eval"), ends("train"), ends(LARGE))
+
+
+def _replicate_and_kind(path, number, line) -> tuple:
+    head = HEAD_OF_ROW.match(line)
+    if head:
+        return int(head[1]), head[2].decode()
+    row = _parse(path, number, line)
+    return row.get("replicate"), row.get("kind")
+
+
+def _numbered_lines(path) -> Iterator[tuple[int, bytes]]:
+    """Lines that end; one without its line break was cut off."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from ((n, line) for n, line in enumerate(file, 1) if line.endswith(b"\n"))
+
+
+def _parse(path, number, line) -> dict:
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"but {type(row).__name__}")
+    except ValueError as error:
+        raise UserError(f"{path}:{number}: not a JSON object ({error})") from error
+    return row
 
 
 class Metrics:

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, collapse, config, generate, log, optim, report, restore
+from bitnet_jax import checkpoint, collapse, config, generate, log, optim, page, restore
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program, build
 from bitnet_jax.train import STANDARD, Seams
@@ -58,7 +58,7 @@ def run(
         check_same(workdir, settings, program.tokens.identity)
         if (workdir / "summary.json").exists():
             print(f"{workdir}: finished before; remove it to train again")
-            report.write_report(workdir)
+            page.write_page(workdir)
             return json.loads((workdir / "summary.json").read_text())
         # float32 means float32: by default a TPU multiplies it in bfloat16 and a GPU in TF32.
         precision = "float32" if program.cfg.model.dtype == "float32" else "default"
@@ -161,7 +161,7 @@ def _train(program: Program, settings: dict, workdir: Path) -> dict:
         "replicates": _final(program, state, workdir),
     }
     log.write_json(workdir / "summary.json", summary)
-    report.write_report(workdir)
+    page.write_page(workdir)
     return summary
 
 

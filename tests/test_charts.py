@@ -82,3 +82,39 @@ def test_a_panel_names_its_own_axis():
     assert "step" in words(charts.panels_svg([plain]))
     told = words(charts.panels_svg([share]))
     assert "% of the run" in told and "step" not in told
+
+
+def test_long_series_keep_their_ends():
+    series = charts.Series("a", list(range(4001)), [0.0] * 4000 + [9.0])
+    x, y = charts._points(series)
+    assert (len(x), x[0], x[-1], y[-1]) == (charts.MAX_POINTS, 0, 4000, 9.0)
+
+
+def test_charts_keep_text_and_label_stage_and_references(tmp_path):
+    series = [charts.Series("a & b", [0, 10], [1.0, 2.0]), charts.Series("c", [], [])]
+    references = (("unigram", 1.5),)
+    panel = charts.Panel(series, "Loss", "nats", 5, references)
+    drawn = charts.line_chart(
+        series, title="Loss", ylabel="nats", boundary=5, references=references
+    )
+    saved = charts.save_figure(tmp_path / "figure.svg", [panel, panel]).read_text()
+    for svg in (drawn, saved):
+        assert {"a &amp; b", "c", "Loss", "nats", "stage 2", "unigram"} <= words(svg)
+
+
+def test_a_variant_is_dashed_in_the_colour_of_its_label_and_named_once(drawn):
+    series = [charts.Series(label, [0, 1], [1, 2], variant)
+              for variant in ("", "training") for label in "ab"]  # fmt: skip
+    (ax,) = charts.line_chart(series, title="Loss", ylabel="nats").axes
+    a, b, thin_a, thin_b = ax.lines
+    assert [thin_a.get_color(), thin_b.get_color()] == [a.get_color(), b.get_color()]
+    assert (a.get_linestyle(), thin_a.get_linestyle()) == ("-", "--")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "training"]
+
+
+def test_the_phase_portrait_has_the_loss_across_and_the_entropy_upwards(drawn):
+    (ax,) = charts.phase_portrait([charts.Series("a", [8.0, 5.0], [8.0, 4.0])]).axes
+    ends = [(float(x.get_xdata()[0]), float(x.get_ydata()[0]))
+            for x in ax.lines if x.get_marker() == "o"]  # fmt: skip
+    assert ends == [(8.0, 8.0), (5.0, 4.0)]
+    assert "loss" in ax.get_xlabel() and "entropy" in ax.get_title(loc="right")
