@@ -1,5 +1,6 @@
 """Training learns, repeats, does not depend on devices or companions, and stops at a NaN."""
 
+import copy as copying
 import functools
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ class Setup:
         p, self.inits = self.program, {}
         everywhere = sharding.replicated(p.mesh)
         self.chunk = jax.jit(
-            train.make_train_chunk(p.cfg, p.tokens.tokenizer.end_of_text),
+            train.make_train_chunk(p.cfg, p.windows, p.seams),
             donate_argnums=0,
             out_shardings=(p.state_sharding, everywhere, everywhere),
         )
@@ -40,6 +41,13 @@ class Setup:
             with jax.set_mesh(program.mesh):
                 self.inits[seeds] = program.init()
         return copy(self.inits[seeds])
+
+    def of_seed(self, seed):
+        """The same compiled chunk for one replicate of another seed."""
+        other = copying.copy(self)
+        replicates = [replace(rep, seed=seed) for rep in self.program.replicates]
+        other.program, other.inits = replace(self.program, replicates=replicates), {}
+        return other
 
     def run(self, state, start=0, end=EVERY, hyper=None):
         """Train `state` (donated); returns the new one and the numbers of each chunk."""
@@ -98,7 +106,13 @@ def build(tmp_path_factory, cache_folder):
     )
 
     def build(
-        recipes=("report", "b158"), seeds=(0, 1), devices=8, *, hyper=None, model=None, **changes
+        recipes=("coupled", "published"),
+        seeds=(0, 1),
+        devices=8,
+        *,
+        seams=None,
+        model=None,
+        **changes,
     ):
         arm = replace(cfg, data=replace(cfg.data, **changes), run=replace(cfg.run, recipes=recipes))
         arm = replace(arm, model=replace(arm.model, **(model or {})))
@@ -107,8 +121,8 @@ def build(tmp_path_factory, cache_folder):
             some = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
             patch.setattr(sharding, "make_mesh", some)
             patch.setattr(sharding, "MIN_SHARDED", 2**10)  # so that leaves of a tiny model split
-            replicates = presets.make_replicates(arm, list(seeds), hyper or {})
-            setup = Setup(programs.build(arm, replicates))
+            replicates = presets.make_replicates(arm, list(seeds), {})
+            setup = Setup(programs.build(arm, replicates, seams or train.STANDARD))
         return setup
 
     return build
@@ -135,7 +149,7 @@ def one_device(build):
 @pytest.fixture(scope="module")
 def alone(build):
     """One replicate on one device."""
-    return build(("b158",), (0,), devices=1)
+    return build(("published",), (0,), devices=1)
 
 
 def test_learns_a_small_text(four):
@@ -178,7 +192,8 @@ def test_replicates_equal_single_runs(one_device, alone):
     many, numbers = one_device.run(one_device.init(), end=20, hyper=hyper)
     for i, rep in enumerate(one_device.program.replicates):
         values = {name: getattr(rep.hyper, name) for name in config.HYPER_FIELDS} | SMOOTH
-        single = alone.run(alone.init(rep.seed), end=20, hyper=hyper_of(alone.program, **values))
+        single = alone.of_seed(rep.seed)
+        single = single.run(single.init(), end=20, hyper=hyper_of(single.program, **values))
         assert_runs_close((take(many, [i]), take(numbers, [i])), single)
 
 
@@ -213,19 +228,19 @@ def test_state_is_spread_over_the_devices(four, trained):
 
 
 def test_windows_cut_on_the_host_train_the_same(build, alone):
-    host = build(("b158",), (0,), devices=1, gather="host")
+    host = build(("published",), (0,), devices=1, gather="host")
     assert host.program.train_N is None and alone.program.train_N is not None
     assert_same(host.run(host.init(), end=20), alone.run(alone.init(), end=20))
 
 
-def test_replicates_share_batches_through_the_data_seed(four):
-    a, b, c, d = four.program.replicates
-    mixed = replace(four.program, replicates=[a, b, replace(c, data_seed=7), d])
-    batches_RKB = np.asarray(mixed.batches(3, 8))
-    assert batches_RKB.shape == (4, 5, mixed.cfg.data.batch_size)
-    assert (batches_RKB[0] == batches_RKB[1]).all() and (batches_RKB[0] == batches_RKB[3]).all()
-    assert (batches_RKB[2] != batches_RKB[0]).any()
-    assert_same(batches_RKB[:, 2:4], mixed.batches(5, 7))
+def test_a_seed_sets_the_order_of_the_data(four):
+    """Recipes of one seed share their batches, seeds do not, and step n has its own."""
+    batches_RKB = np.asarray(four.program.batches(3, 8))
+    assert [rep.seed for rep in four.program.replicates] == [0, 1, 0, 1]
+    assert batches_RKB.shape == (4, 5, four.program.cfg.data.batch_size)
+    assert_same(batches_RKB[:2], batches_RKB[2:])
+    assert (batches_RKB[0] != batches_RKB[1]).any()
+    assert_same(batches_RKB[:, 2:4], np.asarray(four.program.batches(5, 7)))
 
 
 def test_donated_state_is_deleted(four):
@@ -267,19 +282,23 @@ EVAL_KEYS = [
 def abstract_chunk(cfg, n_rep=2):
     """A chunk and the shapes of its arguments, without a corpus."""
     d, vocab = cfg.data, cfg.model.vocab_size
-    windows = (d.batch_size, d.seq_len + 1)
 
     def shape(dims, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(dims, dtype)
 
+    def batch(*dims):
+        dims = (*dims, d.batch_size, d.seq_len)
+        return data.Batch(shape(dims, jnp.int32), shape(dims, jnp.int32), shape(dims))
+
     hyper = jax.tree.map(lambda _: shape((n_rep,)), config.Hyper())
     init = jax.vmap(lambda hyper, seed: train.init_state(cfg, hyper, seed))
     state = jax.eval_shape(init, hyper, shape((n_rep,), jnp.uint32))
-    tracked = shape(windows, jnp.int32) if d.track == "first_batch" else None
-    held_out = shape((d.eval_batches, *windows), jnp.int32)
-    evals = train.EvalData(held_out, tracked, shape((vocab,)), shape((vocab,)))
+    tracked = batch(n_rep) if d.track == "first_batch" else None
+    small = batch(d.eval_batches)
+    evals = train.EvalData(small, small, tracked, shape((vocab,)), shape((vocab,)))
     tokens, ids = shape((999,), jnp.uint16), shape((n_rep, 3, d.batch_size), jnp.int32)
-    return train.make_train_chunk(cfg, 0), (state, hyper, evals, tokens, ids)
+    windows = data.Windows(np.zeros(999, np.uint16), d.seq_len, 0, True, True)
+    return train.make_train_chunk(cfg, windows), (state, hyper, evals, tokens, ids)
 
 
 def layout(name, track="validation", dtype="float32"):
@@ -382,8 +401,24 @@ def test_windows_of_a_batch_are_the_ones_trained_on(four):
     """Window ids on the device cut the same tokens as the host does."""
     p = four.program
     ids_KB = p.batches(0, 3)[0]
-    on_device = data.gather(p.train_N, ids_KB, p.cfg.data.seq_len)
-    assert_same(on_device, data.gather(p.tokens.train_N, np.asarray(ids_KB), p.cfg.data.seq_len))
+    assert_same(p.windows.cut(ids_KB, p.train_N), p.windows.cut(np.asarray(ids_KB)))
+
+
+def test_evaluation_sees_the_validation_split_and_training_the_other(four):
+    """Every evaluated window stands in the held-out text and none in what is trained on."""
+    p, length = four.program, four.program.cfg.data.seq_len
+
+    def windows_of(tokens_N):
+        return {bytes(w) for w in np.lib.stride_tricks.sliding_window_view(tokens_N, length)}
+
+    held_out, trained_on = windows_of(p.tokens.validation_N), windows_of(p.tokens.train_N)
+    dtype = p.tokens.train_N.dtype
+    for block in (p.evals.small, p.evals.large):
+        rows = np.asarray(block.inputs).astype(dtype).reshape(-1, length)
+        assert {bytes(row) for row in rows} <= held_out - trained_on
+    served = p.windows.cut(np.asarray(p.batches(0, 4)))
+    rows = served.inputs.astype(dtype).reshape(-1, length)
+    assert {bytes(row) for row in rows} <= trained_on
 
 
 def first_step(setup):
@@ -394,82 +429,62 @@ def first_step(setup):
         return state, jax.device_get(numbers[0] | numbers[1])
 
 
-@pytest.fixture(scope="module")
-def smoothed(build):
-    """One replicate with label smoothing, and its first update."""
-    setup = build(("b158",), (0,), devices=1, hyper={"label_smoothing": 0.5})
-    return setup, *first_step(setup)
+def doubled_loss(logits_BLV, batch, hyper, unigram_V):
+    """Twice the cross-entropy."""
+    return 2 * loss.cross_entropy(logits_BLV, batch)
 
 
-def test_unused_regularisers_are_not_compiled(alone, smoothed):
-    """The program is that without any; one that a replicate uses is another program."""
-    plain = alone.program
-    with jax.set_mesh(plain.mesh):
-        hyper = hyper_of(plain, **SMOOTH)
-        arguments = (alone.init(), hyper, plain.evals, plain.train_N, plain.batches(0, 1))
-        bare = train.make_train_chunk(plain.cfg, plain.tokens.tokenizer.end_of_text)
-        bare = jax.jit(bare, donate_argnums=0, out_shardings=(plain.state_sharding, *[
-            sharding.replicated(plain.mesh)] * 2))  # fmt: skip
-        text = plain.jitted_chunk.lower(*arguments).as_text()
-        assert text == bare.lower(*arguments).as_text()
-        assert text != smoothed[0].program.jitted_chunk.lower(*arguments).as_text()
-        state, *_ = bare(*arguments)
-    assert_same(state, first_step(alone)[0])
+def test_the_loss_that_is_logged_is_the_cross_entropy_alone(build, alone):
+    """Another objective moves the gradient, not the number."""
+    seams = train.Seams(loss=doubled_loss)
+    _, numbers = first_step(build(("published",), (0,), devices=1, seams=seams))
+    _, plain = first_step(alone)
+    np.testing.assert_allclose(numbers["train/loss"], plain["train/loss"], rtol=1e-6)
+    np.testing.assert_allclose(numbers["train/grad_norm"], 2 * plain["train/grad_norm"], rtol=1e-5)
 
 
-def test_a_companions_regulariser_does_not_move_a_replicate(build, alone, smoothed):
-    """Two in one program, one with a weight of 0: it trains as it would alone."""
-    pair = build(("b158",), (0, 1), devices=1)
-    first, second = pair.program.replicates
-    second = replace(second, seed=0, hyper=second.hyper.replace(label_smoothing=0.5))
-    program = replace(pair.program, replicates=[first, second])
-    hyper = jax.device_put(
-        config.stack_hypers(program.replicates), sharding.by_replicate(program.mesh)
-    )
-    state, _ = first_step(Setup(replace(program, hyper=hyper)))
-    single, other = first_step(alone)[0], smoothed[1]
-    for i, want in enumerate((single, other)):
-        assert_close(take(state.opt_state["adam"].mu, [i]), want.opt_state["adam"].mu, 1e-5)
-    with pytest.raises(AssertionError):  # and the two are told apart
-        assert_close(other.opt_state["adam"].mu, single.opt_state["adam"].mu, 1e-3)
+def scaled_loss(logits_BLV, batch, hyper, unigram_V):
+    return hyper.extra["factor"] * loss.cross_entropy(logits_BLV, batch)
 
 
-def test_the_loss_that_is_logged_is_the_cross_entropy_alone(alone, smoothed):
-    """Label smoothing moves the update, not the number."""
-    setup, state, numbers = smoothed
-    plain, plain_numbers = first_step(alone)
-    assert setup.program.replicates[0].hyper.label_smoothing == 0.5
-    np.testing.assert_allclose(numbers["train/loss"], plain_numbers["train/loss"], rtol=1e-6)
-    assert not np.array_equal(numbers["train/grad_norm"], plain_numbers["train/grad_norm"])
-    head, plain_head = (s.params["embed"]["embedding"] for s in (state, plain))
-    assert np.abs(np.asarray(head) - np.asarray(plain_head)).max() > 1e-6
-
-
-def test_every_regulariser_reaches_the_gradient():
-    """Of a step on windows: finite, and other than the cross-entropy's, which stays the loss."""
+def test_arms_of_one_loss_share_a_program_and_differ_by_their_numbers():
+    """`Hyper.extra` reaches the loss as data: other values compile nothing."""
     cfg = layout("b158")
     state = train.init_state(cfg, config.Hyper(), 0)
-    step = functools.partial(
-        train.train_step,
-        cfg,
-        windows_BL=jax.random.randint(jax.random.key(0), (2, 9), 1, 300),
-        end_of_text=0,
-        regularisers=tuple(loss.REGULARISERS),
-        unigram_V=jnp.arange(1.0, 301) / 45150,
+    step = jax.jit(
+        functools.partial(train.train_step, cfg, train.Seams(loss=scaled_loss), unigram_V=None)
     )
-    step = jax.jit(step)
-    plain, numbers = step(state, hyper=config.Hyper())
-    mu = plain.opt_state["adam"].mu["embed"]["embedding"]
-    for name in loss.REGULARISERS:
-        after, same = step(state, hyper=config.Hyper(**{name: 1.0}))
-        assert after.failed == 0 and same["loss"] == numbers["loss"], name
-        other_mu = after.opt_state["adam"].mu["embed"]["embedding"]
-        assert jnp.linalg.norm(mu - other_mu) > 1e-3 * jnp.linalg.norm(mu), name
+    norms = [
+        float(step(state, config.Hyper(extra={"factor": x}), random_batch())[1]["train/grad_norm"])
+        for x in (1.0, 3.0)
+    ]
+    assert norms[1] == pytest.approx(3 * norms[0], rel=1e-5)
+    assert step._cache_size() == 1
+
+
+def random_batch():
+    windows_BL = jax.random.randint(jax.random.key(0), (2, 9), 1, 300)
+    return data.Batch(windows_BL[:, :-1], windows_BL[:, 1:], jnp.ones((2, 8)))
+
+
+def test_numbers_of_the_update_are_reported_when_asked_for():
+    """Without the report the state is the same and its numbers are 0."""
+    cfg = layout("b158")
+    state = train.init_state(cfg, config.Hyper(), 0)
+    step = jax.jit(functools.partial(train.train_step, cfg, train.STANDARD, unigram_V=None))
+    hyper = config.Hyper(coupled_1=0.1, decay_rest=1.0)
+    after, numbers = step(state, hyper, random_batch(), report=True)
+    same, zeros = step(state, hyper, random_batch(), report=False)
+    assert_same(after, same)
+    assert zeros["train/update_norm"] == 0 and zeros["train/loss"] == numbers["train/loss"]
+    moved = jax.tree.map(jnp.subtract, after.params, state.params)
+    norm = float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(moved))))
+    assert float(numbers["train/update_norm"]) == pytest.approx(norm, rel=1e-4)
 
 
 def test_an_output_bias_starts_at_the_unigram(build):
     """At step 0 the loss is about the unigram's, and every bias is its log probability."""
-    setup = build(("report",), (0,), devices=1, model={"output_bias": True})
+    setup = build(("coupled",), (0,), devices=1, model={"output_bias": True})
     p = setup.program
     state = setup.init()
     log_unigram_V = np.log(np.asarray(p.evals.unigram_V))
@@ -499,12 +514,11 @@ def test_quantisation_warm_up_is_a_line_from_nothing(warmup, step, share):
 
 def test_a_step_in_quantisation_warm_up_has_the_strength_of_its_step():
     """Update 3 of a warm-up of 4 is the step of a run with both strengths at 1/2."""
-    cfg = layout("b158")
-    windows_BL = jax.random.randint(jax.random.key(0), (2, 9), 1, 300)
+    cfg, batch = layout("b158"), random_batch()
     state = train.init_state(cfg, config.Hyper(), 0).replace(step=jnp.array(2))
-    step = jax.jit(functools.partial(train.train_step, cfg, windows_BL=windows_BL, end_of_text=0))
-    after, _ = step(state, hyper=config.Hyper(quant_warmup_steps=4.0))
-    assert_same(after, step(state, hyper=config.Hyper(weight_quant=0.5, act_quant=0.5))[0])
-    full, _ = step(state, hyper=config.Hyper())
+    step = jax.jit(functools.partial(train.train_step, cfg, train.STANDARD, unigram_V=None))
+    after, _ = step(state, config.Hyper(quant_warmup_steps=4.0), batch)
+    assert_same(after, step(state, config.Hyper(weight_quant=0.5, act_quant=0.5), batch)[0])
+    full, _ = step(state, config.Hyper(), batch)
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after.opt_state, full.opt_state)
     assert max(jax.tree.leaves(moved["adam"].mu)) > 1e-4
