@@ -66,15 +66,14 @@ class Stats:
 
 
 def stats(
-    logits_RBLV, targets_BL, weights_BL=None, token_bytes_V=None, reference_nats_KB=None
+    logits_RBLV, targets_BL, weights_BL=None, token_bytes_V=None, reference_nats_KBL=None
 ) -> Stats:
     """Sum the statistics of one batch of windows, seen by R replicates, in one pass over logits.
 
     `logits_RBLV` may lack the leading axis (one model), `targets_BL` and `weights_BL` may have it
     (replicates that see different text). Weights mark the scored positions with 1, by default all;
     a position that is not scored still needs a token id as its target. `token_bytes_V` gives each
-    token's bytes; `reference_nats_KB` the nats of K other predictors, summed over the scored
-    positions of each window.
+    token's bytes; `reference_nats_KBL` the nats of K other predictors at each position.
     """
     logits_RBLV = jnp.asarray(logits_RBLV)
     if logits_RBLV.ndim == 3:
@@ -120,16 +119,17 @@ def stats(
         entropy=scored(entropy_P),
         logit_std=scored(jnp.std(z_PV, axis=-1)),
         probs=jnp.einsum("rn,rnv->rv", weights_RN / total_RN, exp_PV.reshape(n_rep, -1, vocab)),
-        **_window_sums(*(x.reshape(shape_RBL) for x in (nats_RN, weights_RN)), reference_nats_KB),
+        **_window_sums(*(x.reshape(shape_RBL) for x in (nats_RN, weights_RN)), reference_nats_KBL),
     )
 
 
-def _window_sums(nats_RBL, weights_RBL, reference_nats_KB) -> dict[str, jax.Array]:
+def _window_sums(nats_RBL, weights_RBL, reference_nats_KBL) -> dict[str, jax.Array]:
     """What the standard error of a mean over positions needs, where windows are the samples."""
     n_R1B = jnp.sum(weights_RBL, axis=-1)[:, None]
     d_RKB = jnp.sum(nats_RBL * weights_RBL, axis=-1)[:, None]
-    if reference_nats_KB is not None:
-        d_RKB = jnp.concatenate([d_RKB, d_RKB - jnp.asarray(reference_nats_KB)], axis=1)
+    if reference_nats_KBL is not None:
+        reference_RKB = jnp.sum(jnp.asarray(reference_nats_KBL) * weights_RBL[:, None], axis=-1)
+        d_RKB = jnp.concatenate([d_RKB, d_RKB - reference_RKB], axis=1)
     return {
         "windows": jnp.sum(n_R1B > 0, axis=(1, 2), dtype=jnp.float32),
         "windows_n_n": jnp.sum(n_R1B**2, axis=(1, 2)),

@@ -257,9 +257,9 @@ def test_the_large_block_has_the_standard_errors_of_a_ratio_over_windows():
     logits_BLV = random.normal(size=(n_windows, length, VOCAB)).astype(np.float32)
     targets_BL = random.integers(0, VOCAB, (n_windows, length))
     weights_BL = np.float32(np.arange(length) < random.integers(2, length + 1, (n_windows, 1)))
-    references_KB = random.uniform(1, 3, (2, n_windows)) * weights_BL.sum(axis=1)
+    references_KBL = random.uniform(1, 3, (2, n_windows, length))
     halves = [
-        stats(logits_BLV[rows], targets_BL[rows], weights_BL[rows], None, references_KB[:, rows])
+        stats(logits_BLV[rows], targets_BL[rows], weights_BL[rows], None, references_KBL[:, rows])
         for rows in (slice(0, 15), slice(15, None))
     ]
     numbers = collapse.finalize_large(jax.tree.map(lambda *x: sum(x), *halves))
@@ -267,7 +267,7 @@ def test_the_large_block_has_the_standard_errors_of_a_ratio_over_windows():
     log_q = log_softmax(logits_BLV.astype(np.float64), axis=-1)
     nats_BL = -np.take_along_axis(log_q, targets_BL[..., None], axis=-1)[..., 0] * weights_BL
     n_B, nats_B = weights_BL.sum(axis=1), nats_BL.sum(axis=1)
-    unigram_B, bigram_B = references_KB
+    unigram_B, bigram_B = (references_KBL * weights_BL).sum(axis=-1)
     cases = {"loss": nats_B, "minus_unigram": nats_B - unigram_B, "minus_bigram": nats_B - bigram_B}
     expected = {"held_out/positions": n_B.sum()}
     for key, d_B in cases.items():
