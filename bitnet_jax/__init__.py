@@ -1,8 +1,9 @@
-"""BitNet b1.58 language models in JAX, with instruments that say whether training is collapsing.
+"""BitNet b1.58 in JAX: models, training, and instruments that say whether a run collapses.
 
-Data flows one way; a module imports only from those before it:
+Each module imports only from those before it:
 
-config -> presets -> metrics -> tokenizer -> corpus -> data -> reference -> quant -> model
--> collapse -> verdict -> loss -> optim -> shrink -> sharding -> train -> checkpoint -> hf
--> program -> generate -> triage -> log -> charts -> page -> run
+config -> presets -> metrics -> cache -> tokenizer -> corpus -> tokens -> data -> reference -> quant
+-> model -> loss -> optim -> shrink -> collapse -> verdict -> sharding -> train -> checkpoint -> hf
+-> program -> restore -> generate -> audit -> causes -> checks -> inspection -> log -> charts ->
+page -> run
 """
