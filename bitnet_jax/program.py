@@ -76,6 +76,12 @@ class Program:
         compiled = jax.jit(train.make_eval(self.cfg, self.seams))
         return lambda state: compiled(state, self.hyper, self.evals)
 
+    @functools.cached_property
+    def evaluate_large(self):
+        """state -> numbers of the large block."""
+        compiled = jax.jit(train.make_large_eval(self.cfg, self.seams))
+        return lambda state: compiled(state, self.hyper, self.evals)
+
     def batches(self, start: int, end: int):
         """What the steps start + 1 .. end read, for every replicate.
 
@@ -115,9 +121,19 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
     mesh = sharding.make_mesh(len(replicates), cfg.data.batch_size)
     everywhere = sharding.replicated(mesh)
     hyper = jax.device_put(config.stack_hypers(replicates), sharding.by_replicate(mesh))
+    large = data.large_block(cfg.data, held_out)
+    scores = predictors.score(large)
+    nats_NKBL = np.stack([scores.unigram_nats, scores.bigram_nats], axis=1, dtype=np.float32)
+    references = reference.references(predictors, small, tracked)
+    references["held_out"] = {
+        "positions": int(large.weights.sum()),
+        "unigram": {"loss": reference.scored_mean(scores.unigram_nats, large)},
+        "bigram": {"loss": reference.scored_mean(scores.bigram_nats, large)},
+    }
     evals = train.EvalData(
         small=small,
-        large=data.large_block(cfg.data, held_out),
+        large=large,
+        large_nats_NKBL=nats_NKBL,
         tracked=tracked,
         unigram_V=predictors.unigram_V.astype(np.float32),
         token_bytes_V=tokens.tokenizer.token_bytes_V.astype(np.float32),
@@ -130,7 +146,7 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
         replicates,
         seams,
         tokens,
-        reference.references(predictors, small, tracked),
+        references,
         mesh,
         hyper,
         jax.device_put(evals, everywhere),

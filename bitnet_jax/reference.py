@@ -62,6 +62,11 @@ class Predictors:
         return Scores(unigram, *(x.reshape(shape) for x in (nats_N, entropy_N, argmax_N)))
 
 
+def scored_mean(values, batch: Batch) -> float:
+    """Mean over the scored positions of a batch."""
+    return float((values * batch.weights).sum() / batch.weights.sum(dtype=np.float64))
+
+
 def fit(train_N, vocab_size: int) -> Predictors:
     """Fit the predictors on at most FIT_TOKENS tokens."""
     fit_N = np.asarray(train_N[:FIT_TOKENS]).astype(np.int64)
@@ -77,7 +82,7 @@ def references(predictors: Predictors, held_out: Batch, tracked: Batch | None = 
     is counted over all of `held_out`.
     """
     unigram_V, weights = predictors.unigram_V, held_out.weights
-    vocab_size, total = len(unigram_V), weights.sum(dtype=np.float64)
+    vocab_size = len(unigram_V)
     target_counts_V = np.bincount(
         held_out.targets.ravel(), weights=weights.ravel(), minlength=vocab_size
     )
@@ -91,14 +96,14 @@ def references(predictors: Predictors, held_out: Batch, tracked: Batch | None = 
     unigram = unigram_curve(unigram_V, target_counts_V, [1.0])
     uniform = float(np.log(vocab_size))
     return {
-        "positions": int(total),
+        "positions": int(weights.sum()),
         "tracked_positions": int(counted.targets[0].size),
         "targets": {"distinct": distinct(counted.targets)},
         "uniform": {"loss": uniform, "entropy": uniform, "distinct": 1},
         "unigram": {"loss": unigram["loss"][0], "entropy": unigram["entropy"][0], "distinct": 1},
         "bigram": {
-            "loss": float((scores.bigram_nats * weights).sum() / total),
-            "entropy": float((scores.bigram_entropy * weights).sum() / total),
+            "loss": scored_mean(scores.bigram_nats, held_out),
+            "entropy": scored_mean(scores.bigram_entropy, held_out),
             "distinct": distinct(argmax_R),
         },
         "curve": unigram_curve(unigram_V, target_counts_V, CURVE_SCALES),

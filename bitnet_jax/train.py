@@ -54,6 +54,7 @@ class EvalData:
 
     small: Batch  # [N, B, L], of every evaluation
     large: Batch  # [N, B, L], of the stage boundary and the end
+    large_nats_NKBL: jax.Array  # losses there of the unigram and the bigram predictor
     tracked: Batch | None  # [R, B, L], each replicate's first training batch; None: the small block
     unigram_V: jax.Array
     token_bytes_V: jax.Array
@@ -226,15 +227,15 @@ def quant_numbers(params, codes_before: dict[str, jax.Array]) -> dict[str, jax.A
     }
 
 
-def block_stats(cfg: Config, seams: Seams, params, hyper: Hyper, block: Batch, token_bytes_V):
-    """`collapse.Stats` [R] of R replicates on one batch [B, L]; `hyper` is that of the step."""
+def forward(cfg: Config, seams: Seams, params, hyper: Hyper, inputs, per_replicate=False):
+    """Float32 logits [R, B, L, V] of R replicates on the same [B, L], or on their own [R, B, L]."""
     model = Transformer(cfg.model, seams.quantize_weight)
 
-    def forward(params, hyper):
-        return model.apply({"params": params}, block.inputs, hyper)
+    def forward_1(params, hyper, inputs_BL):
+        return model.apply({"params": params}, inputs_BL, hyper)
 
-    logits_RBLV = jax.vmap(forward, spmd_axis_name="replicate")(params, hyper)
-    return collapse.stats(logits_RBLV, block.targets, block.weights, token_bytes_V)
+    axes = (0, 0, 0 if per_replicate else None)
+    return jax.vmap(forward_1, in_axes=axes, spmd_axis_name="replicate")(params, hyper, inputs)
 
 
 def evaluate(cfg: Config, seams: Seams, params, hyper: Hyper, evals: EvalData) -> dict:
@@ -243,24 +244,38 @@ def evaluate(cfg: Config, seams: Seams, params, hyper: Hyper, evals: EvalData) -
     `hyper` is that of the step (`at_step`).
     """
 
-    def stats(block):
-        return block_stats(cfg, seams, params, hyper, block, evals.token_bytes_V)
+    def stats(block, per_replicate=False):
+        logits_RBLV = forward(cfg, seams, params, hyper, block.inputs, per_replicate)
+        return collapse.stats(logits_RBLV, block.targets, block.weights, evals.token_bytes_V)
 
     held_out = collapse.merge(jax.lax.map(stats, evals.small))
     if evals.tracked is None:
         return collapse.finalize(held_out, held_out, evals.unigram_V)
-
-    def stats_1(params, hyper, block):
-        one = jax.tree.map(lambda x: x[None], (params, hyper))
-        found = block_stats(cfg, seams, *one, block, evals.token_bytes_V)
-        return jax.tree.map(lambda x: x[0], found)
-
-    tracked = jax.vmap(stats_1)(params, hyper, evals.tracked)
+    tracked = stats(evals.tracked, per_replicate=True)
     return {
         **collapse.finalize(held_out, tracked, evals.unigram_V),
         "track/loss": tracked.nats / tracked.positions,
         "track/entropy": tracked.entropy / tracked.positions,
     }
+
+
+def make_large_eval(cfg: Config, seams: Seams = STANDARD) -> Callable:
+    """Return large_eval(state, hyper, evals) -> the `held_out/*` numbers [R] of the large block."""
+
+    def large_eval(state: TrainState, hyper: Hyper, evals: EvalData):
+        now = at_step(hyper, state.step)
+
+        def stats(block):
+            batch, nats_KBL = block
+            logits_RBLV = forward(cfg, seams, state.params, now, batch.inputs)
+            return collapse.stats(
+                logits_RBLV, batch.targets, batch.weights, reference_nats_KBL=nats_KBL
+            )
+
+        blocks = (evals.large, evals.large_nats_NKBL)
+        return collapse.finalize_large(collapse.merge(jax.lax.map(stats, blocks)))
+
+    return large_eval
 
 
 def make_eval(cfg: Config, seams: Seams = STANDARD) -> Callable:
