@@ -3,6 +3,6 @@
 Data flows one way; a module imports only from those before it:
 
 config -> presets -> metrics -> tokenizer -> corpus -> data -> reference -> quant -> model
--> collapse -> loss -> optim -> shrink -> sharding -> train -> checkpoint -> hf
--> program -> generate -> triage -> log -> charts -> report -> run
+-> collapse -> verdict -> loss -> optim -> shrink -> sharding -> train -> checkpoint -> hf
+-> program -> restore -> generate -> triage -> log -> charts -> page -> workdir -> recorder -> run
 """

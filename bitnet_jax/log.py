@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitnet_jax.collapse import LABELS
 from bitnet_jax.config import Replicate, UserError
+from bitnet_jax.verdict import LABELS
 
 SECONDS, WIDTH = 30, 160  # between lines of progress in a file; their length
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
@@ -176,11 +176,11 @@ class Progress:
         self.drawn, self.written, self.shown = False, -math.inf, None
 
     @contextlib.contextmanager
-    def compiling(self):
-        """Tell how long the block takes."""
+    def compiling(self, what: str):
+        """Tell how long the block takes that compiles something."""
         began = time.monotonic()
         self.end_line()
-        print("compiling ...", end="", file=sys.stderr, flush=True)
+        print(f"compiling {what} ...", end="", file=sys.stderr, flush=True)
         yield
         took = time.monotonic() - began
         print(f" {took:.1f} s", file=sys.stderr, flush=True)
@@ -226,7 +226,7 @@ class Progress:
             print("\r" + text.ljust(width), end="", file=sys.stderr, flush=True)
             self.drawn = True
             return
-        worst = max(LABELS[row["collapse/verdict"]][0] for row in self.states.values())
+        worst = max(LABELS[row["collapse/verdict"]].severity for row in self.states.values())
         now = time.monotonic()
         if now - self.written > SECONDS or worst != self.shown or self.step == self.steps:
             text = progress_line(self.labels, self.states, self._place(), WIDTH)
@@ -261,9 +261,9 @@ def progress_line(labels: list[str], states: dict[int, dict], places: list[str],
     worst_first = sorted(
         states.items(),
         key=lambda state: (
-            -LABELS[state[1]["collapse/verdict"]][0],
+            -LABELS[state[1]["collapse/verdict"]].severity,
             not state[1]["collapse/warnings"],
-            -state[1]["eval/loss"],
+            -state[1].get("eval/loss", math.inf),
         ),
     )
 

@@ -210,6 +210,16 @@ def _add_base(parser, preset: str) -> None:
     )
 
 
+def add_source(parser: Parser) -> None:
+    """Add the model that a command is about."""
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="WORKDIR[@STEP[:REPLICATE]] (default: last step, replicate 0), or a folder of "
+        "Hugging Face's transformers",
+    )
+
+
 def _folder(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a folder")
@@ -247,7 +257,7 @@ def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) ->
 
     cfg, listed = _base(args)
     cfg, hyper = presets.override(cfg, [*changes, *args.assignments])
-    seeds = parse_seeds(args.seeds or args.default_seeds)
+    seeds = parse_seeds(args.default_seeds if args.seeds is None else args.seeds)
     if listed and not any(text.startswith("run.recipes=") for text in args.assignments):
         replicates = [replace(r, hyper=r.hyper.replace(**hyper)) for r in listed]
         if args.seeds:
@@ -259,76 +269,35 @@ def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) ->
         replicates = presets.make_replicates(cfg, seeds, hyper)
     workdir = args.workdir or Path("runs") / config.run_id(name, cfg, replicates)
     seeds = list(dict.fromkeys(rep.seed for rep in replicates))
-    return Request(
-        args.preset,
-        cfg,
-        seeds,
-        hyper,
-        replicates,
-        workdir,
-        args.resume,
-        args.dry_run,
-        args.verbose,
-    )
+    flags = (args.resume, args.dry_run, args.verbose)
+    return Request(args.preset, cfg, seeds, hyper, replicates, workdir, *flags)
 
 
 def _base(args) -> "tuple[Config, list[Replicate]]":
     """The preset, changed as --config says, and the replicates that its file lists."""
-    from bitnet_jax import log, presets
-    from bitnet_jax.config import UserError
+    from bitnet_jax import config, log, presets
+    from bitnet_jax.config import check_known
 
     cfg = presets.preset(args.preset)
     if args.config is None:
         return cfg, []
-    tree = log.read_json(args.config)
-    try:
-        if "provenance" not in tree:  # by hand: what is not known is a mistake
-            for key in tree:
-                if key not in (*SECTIONS, "replicates"):
-                    raise UserError(f"unknown section {key!r}{nearest(key, SECTIONS)}")
-        cfg, _ = presets.override(cfg, [a for s in SECTIONS for a in _assignments(tree, s)])
-        return cfg, [_replicate(rep) for rep in _typed(tree, "replicates", list, [])]
-    except UserError as error:
-        raise UserError(f"{args.config}: {error}") from None
+    source, tree = str(args.config), log.read_json(args.config)
+    if "provenance" not in tree:  # not from a workdir: every key counts
+        for key in tree:
+            check_known(key, (*SECTIONS, "replicates"), f"key in {source}:")
+    base = config.to_json(cfg, presets.make_replicates(cfg, [0], {}))
+    for key in (*SECTIONS, "replicates"):
+        part = tree.get(key, base[key])
+        base[key] = base[key] | part if isinstance(part, dict) and key in SECTIONS else part
+    cfg, replicates = config.from_json(base, source)
+    return cfg, replicates if "replicates" in tree else []
 
 
-def _assignments(tree: dict, section: str) -> list[str]:
-    """A section of a configuration file as arguments of --set."""
-    from bitnet_jax.config import UserError
-
-    def text(name, value):
-        if value is None or isinstance(value, bool):
-            return str(value).lower()
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return ",".join(value)
-        if isinstance(value, (str, int, float)):
-            return str(value)
-        raise UserError(f"{section}.{name}={value!r}: expected a number, a text, true, false, null")
-
-    values = _typed(tree, section, dict, {})
-    return [f"{section}.{name}={text(name, value)}" for name, value in values.items()]
-
-
-def _replicate(tree) -> "Replicate":
-    """A replicate that a configuration file lists; raises UserError."""
-    from bitnet_jax import config, presets
-
-    if not isinstance(tree, dict):
-        raise config.UserError(f"replicates: {tree!r} is not an object")
-    _, hyper = presets.override(config.Config(), _assignments(tree, "hyper"))
-    name, seed = _typed(tree, "name", str), _typed(tree, "seed", int)
-    return config.Replicate(name, seed, config.Hyper(**hyper))
-
-
-def _typed(tree: dict, key: str, kind: type, default=None):
-    """tree[key], or the default; raises UserError when it is missing or of another kind."""
-    from bitnet_jax.config import UserError
-
-    value = tree.get(key, default)
-    if type(value) is not kind:
-        wanted = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}[kind]
-        raise UserError(f"{key}={value!r}: expected {wanted}")
-    return value
+def as_text(value) -> str:
+    """A value as --set takes it."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def describe_fields(args) -> str:
@@ -346,15 +315,11 @@ def describe_fields(args) -> str:
     for section in SECTIONS:
         part = getattr(cfg, section)
         for field in fields(part):
-            value = getattr(part, field.name)
-            if isinstance(value, tuple):
-                value = ",".join(value)
-            elif value is None or isinstance(value, bool):
-                value = str(value).lower()
+            value = as_text(getattr(part, field.name))
             choices = field.metadata["choices"]
             text = field.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
             lines.append(f"  {section}.{field.name}={value}\n      {text}")
-    for field in fields(config.Hyper):
+    for field in (f for f in fields(config.Hyper) if f.name in config.HYPER_FIELDS):
         values = {rep.name: f"{getattr(rep.hyper, field.name):g}" for rep in replicates}
         told = " ".join(f"{value} ({name})" for name, value in values.items())
         if len(set(values.values())) == 1:
