@@ -1,4 +1,4 @@
-# make setup | train | test | test-parity | report | lint | format | clean
+# make setup | train | test | test-parity | results | lint | format | clean
 # PYTHON=python3.12 picks the interpreter; ACCEL=cuda13 or ACCEL=tpu installs jax for that device.
 
 PYTHON ?= python3
@@ -9,19 +9,20 @@ STAMP := $(VENV)/installed-$(ACCEL)
 TORCH := $(VENV)/installed-torch
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup train test test-parity report lint format clean
+.PHONY: setup train test test-parity results lint format clean
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt
+$(STAMP): requirements.txt pyproject.toml
 	@case "$(ACCEL)" in cpu|cuda13|tpu) ;; *) echo "ACCEL=$(ACCEL): use cpu, cuda13 or tpu" >&2; exit 2;; esac
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) -r requirements.txt $(if $(filter-out cpu,$(ACCEL)),"jax[$(ACCEL)]")
+	$(PIP) --no-deps --editable .
 	touch $@
 
 train: setup
-	$(RUN) -m experiments.train --resume
+	$(RUN) -m bitnet_jax train --resume
 
 test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile
@@ -35,8 +36,8 @@ $(TORCH): $(STAMP)
 	$(PIP) torch==2.13.0 accelerate==1.15.0
 	touch $@
 
-# Every table, figure and page of the experiments, from their rows.
-report: setup
+# Every table and figure of the experiments, from their rows.
+results: setup
 	$(RUN) -m experiments.report
 
 lint: setup
@@ -49,5 +50,5 @@ format: setup
 
 # Runs are kept.
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,25 +1,25 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, the progress bar, provenance."""
+"""What a run writes down: metrics.jsonl, TensorBoard, lines of progress, provenance."""
 
+import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
-
-from bitnet_jax.collapse import LABELS
 from bitnet_jax.config import Replicate, UserError
+from bitnet_jax.verdict import LABELS
 
+SECONDS, WIDTH = 30, 160  # between lines of progress in a file; their length
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 LARGE = "large block"  # a kind of row, whatever it is called
 HEAD_OF_ROW = re.compile(rb'\{"step": \d+, "replicate": (\d+), "kind": "(\w+)"')
@@ -27,6 +27,8 @@ HEAD_OF_ROW = re.compile(rb'\{"step": \d+, "replicate": (\d+), "kind": "(\w+)"')
 
 def provenance() -> dict:
     """Git commit and dirty flag, versions, device and command line."""
+    import jax
+
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain")),
@@ -40,13 +42,40 @@ def provenance() -> dict:
 
 
 def _git(*args: str) -> str | None:
-    """Output of a git command in this source tree; None where there is no git or no repository."""
-    folder = Path(__file__).parent
-    try:
-        result = subprocess.run(["git", "-C", folder, *args], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    """Output of a git command in this source tree; None where there is no git or no repository.
+
+    An installed package may lie in the repository of something else, which does not track it.
+    """
+    here = Path(__file__)
+    outputs = []
+    for command in (("ls-files", "--error-unmatch", here.name), args):
+        try:
+            result = subprocess.run(
+                ["git", "-C", here.parent, *command], capture_output=True, text=True
+            )
+        except FileNotFoundError:
+            return None
+        outputs.append(result.stdout.strip() if result.returncode == 0 else None)
+    return None if None in outputs else outputs[-1]
+
+
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters as escapes, not \\n and \\t.
+
+    So are characters that change the direction of writing, and bytes that were not UTF-8.
+    """
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str, most: int) -> str:
+    """Printable text on one line; what lies in the middle of a text longer than `most` is cut."""
+    text = printable(text).replace("\n", "\\n").replace("\t", "\\t")
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} [...] {text[-most // 2 :]}"
 
 
 def write_json(path: Path, tree) -> None:
@@ -54,6 +83,19 @@ def write_json(path: Path, tree) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(tree, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises UserError when there is none or something else."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a JSON object but {type(tree).__name__}")
+    return tree
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -132,9 +174,14 @@ def _parse(path, number, line) -> dict:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard; rows after `step` (left by an interrupted run) are dropped."""
+    """metrics.jsonl and TensorBoard; rows after `step` (left by an interrupted run) are dropped.
+
+    `rows` are those kept of an interrupted run.
+    """
 
     def __init__(self, workdir: Path, step: int, replicates: list[Replicate]):
+        from tensorboardX import SummaryWriter
+
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row["step"] <= step]
         if len(kept) < len(replicates):  # cut off while the first rows were written
@@ -142,7 +189,7 @@ class Metrics:
         temporary = self.path.with_name("metrics.jsonl.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, self.path)
-        self.resumed = bool(kept)
+        self.rows = kept
         self.file = self.path.open("a")
         self.boards = [
             SummaryWriter(str(workdir / "tb" / f"{i}-{r.name}-{r.seed}"), purge_step=step + 1)
@@ -151,12 +198,18 @@ class Metrics:
 
     def write(self, rows: list[dict]) -> None:
         """Append rows, at once for a reader and for a killed process."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
         self.file.write("".join(json.dumps(row) + "\n" for row in rows))
         self.file.flush()
         for row in rows:
-            for key, value in row.items():
-                if "/" in key and isinstance(value, (int, float)):
-                    self.boards[row["replicate"]].add_scalar(key, value, row["step"])
+            values = [
+                Summary.Value(tag=key, simple_value=value)
+                for key, value in row.items()
+                if "/" in key and isinstance(value, (int, float))
+            ]
+            board = self.boards[row["replicate"]].file_writer
+            board.add_summary(Summary(value=values), row["step"])  # one event for all its numbers
 
     def close(self) -> None:
         self.file.close()
@@ -165,36 +218,126 @@ class Metrics:
 
 
 class Progress:
-    """A bar over steps with the worst replicate's verdict and loss, and tokens per second."""
+    """Where a run is: one line that a terminal redraws, or whole lines, seldom, in a file.
 
-    def __init__(self, step: int, steps: int, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
-        self.tokens, self.seconds, self.last = 0, 0.0, None
-        # In a log file a bar is redrawn on lines of its own: seldom is enough.
-        interval = 0.5 if sys.stderr.isatty() else 30
-        self.bar = tqdm(total=steps, initial=step, unit="step", mininterval=interval, desc="train")
+    Compilation is told apart, and is no part of the rate. A warning stands on a line of its own
+    when it is first met.
+    """
+
+    def __init__(self, replicates: Sequence[Replicate], step: int, steps: int, tokens: int):
+        """`tokens` are those of one step of all replicates."""
+        self.labels = [f"{rep.name} {rep.seed}" for rep in replicates]
+        self.step, self.steps, self.tokens = step, steps, tokens
+        self.done, self.seconds, self.since = 0, 0.0, None
+        self.states: dict[int, dict] = {}  # the last evaluation of each replicate
+        self.warned: set[tuple[str, int]] = set()
+        self.drawn, self.written, self.shown = False, -math.inf, None
+
+    @contextlib.contextmanager
+    def compiling(self, what: str):
+        """Tell how long the block takes that compiles something."""
+        began = time.monotonic()
+        self.end_line()
+        print(f"compiling {what} ...", end="", file=sys.stderr, flush=True)
+        yield
+        took = time.monotonic() - began
+        print(f" {took:.1f} s", file=sys.stderr, flush=True)
+        if self.since is not None:
+            self.since += took
+
+    def start(self) -> None:
+        """The clock runs from here."""
+        self.since = time.monotonic()
 
     def update(self, step: int, rows: list[dict]) -> None:
-        """Move to `step`; the first chunk starts the clock, so its compilation does not count."""
-        done, now = step - self.bar.n, time.monotonic()
-        if self.last is not None:
-            self.tokens += done * self.tokens_per_step
-            self.seconds += now - self.last
-        if done:
-            self.last = now
+        """Show the evaluations of a step."""
+        if self.since is not None and step > self.step:
+            now = time.monotonic()
+            self.done += step - self.step
+            self.seconds += now - self.since
+            self.since = now
+        self.step = step
         evals = [row for row in rows if row["kind"] == "eval"]
-        worst = max(evals, key=lambda r: (LABELS[r["collapse/verdict"]][0], r["eval/loss"]))
-        warned = "".join(f"; warning: {text}" for text in worst["collapse/warnings"][:1])
-        self.bar.set_postfix_str(
-            f"worst: {worst['collapse/verdict']}, loss {worst['eval/loss']:.3f}; "
-            f"{self.tokens_per_second:,.0f} tok/s{warned}",
-            refresh=False,
-        )
-        self.bar.update(done)
+        self.states |= {row["replicate"]: row for row in evals}
+        for text, replicates in self._new_warnings(evals).items():
+            self.end_line()
+            where = ", ".join(self.labels[i] for i in replicates)
+            print(f"step {step}: {text} ({where})", file=sys.stderr)
+        self._show()
+
+    def _new_warnings(self, evals: list[dict]) -> dict[str, list[int]]:
+        """Warnings not met before, numbers aside, each with the replicates that have it."""
+        new: dict[str, list[int]] = {}
+        texts: dict[str, str] = {}
+        for row in evals:
+            for text in row["collapse/warnings"]:
+                kind = re.sub(r"[\d.]+", "", text)
+                if (kind, row["replicate"]) not in self.warned:
+                    self.warned.add((kind, row["replicate"]))
+                    new.setdefault(texts.setdefault(kind, text), []).append(row["replicate"])
+        return new
+
+    def _show(self) -> None:
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            text = progress_line(self.labels, self.states, self._place(), width)
+            print("\r" + text.ljust(width), end="", file=sys.stderr, flush=True)
+            self.drawn = True
+            return
+        worst = max(LABELS[row["collapse/verdict"]].severity for row in self.states.values())
+        now = time.monotonic()
+        if now - self.written > SECONDS or worst != self.shown or self.step == self.steps:
+            text = progress_line(self.labels, self.states, self._place(), WIDTH)
+            print(text, file=sys.stderr, flush=True)
+            self.written, self.shown = now, worst
+
+    def _place(self) -> list[str]:
+        """Where the run is: all that can be told, then what must."""
+        place = f"{self.step}/{self.steps}"
+        if not self.seconds or self.step == self.steps:
+            return [place]
+        left = round((self.steps - self.step) * self.seconds / self.done)
+        left = f"{left // 60}:{left % 60:02}"
+        return [f"{place}, {left} left, {self.tokens_per_second:,.0f} tok/s", place]
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        return self.done * self.tokens / self.seconds if self.seconds else 0.0
 
-    def close(self) -> None:
-        self.bar.close()
+    def end_line(self) -> None:
+        """What is printed next begins a line of its own."""
+        if self.drawn:
+            print(file=sys.stderr, flush=True)
+        self.drawn = False
+
+
+def progress_line(labels: list[str], states: dict[int, dict], places: list[str], width: int) -> str:
+    """The fullest line that fits: the state of each replicate, worst first, else their counts.
+
+    `!` marks a state that has warnings. `states` are the last evaluations.
+    """
+    worst_first = sorted(
+        states.items(),
+        key=lambda state: (
+            -LABELS[state[1]["collapse/verdict"]].severity,
+            not state[1]["collapse/warnings"],
+            -state[1].get("eval/loss", math.inf),
+        ),
+    )
+
+    def name(row):
+        return row["collapse/verdict"] + "!" * bool(row["collapse/warnings"])
+
+    full = [f"{labels[i]} {name(row)} {row['eval/loss']:.2f}" for i, row in worst_first]
+    short = [f"{labels[i]} {name(row)}" for i, row in worst_first]
+    counts = Counter(name(row) for _, row in worst_first[1:])
+    rest = [f"{n} {verdict}" for verdict, n in counts.items()]
+    choices = [
+        [*full, places[0]],
+        [*full, places[-1]],
+        [*short, places[-1]],
+        [*full[:1], *rest, places[0]],
+        [*full[:1], *rest, places[-1]],
+    ]
+    lines = [" | ".join(parts) for parts in choices]
+    return next((line for line in lines if len(line) <= width), lines[-1][:width])

@@ -1,7 +1,7 @@
 """The ways a state comes to be: resumed, forked, imported, from scratch; one replicate of it."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from bitnet_jax import checkpoint, config, hf, optim, train
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program
+from bitnet_jax.tokenizer import Tokenizer, load_folder
 
 
 def start_state(program: Program, workdir: Path) -> tuple[train.TrainState, int]:
@@ -69,6 +70,37 @@ def load_replicates(workdir: Path, step: int) -> tuple[Config, list[Replicate], 
         np.zeros(len(replicates), np.uint32),
     )
     return cfg, replicates, jax.device_get(checkpoint.restore(workdir, step, states))
+
+
+@dataclass(frozen=True)
+class Model:
+    """One trained model, wherever it comes from."""
+
+    label: str
+    cfg: Config
+    hyper: config.Hyper  # at the model's step
+    params: dict
+    tokenizer: Tokenizer
+
+
+def load_model(source: str) -> Model:
+    """The model of `WORKDIR[@STEP[:REPLICATE]]` or of a Hugging Face folder; raises UserError."""
+    if is_hf_folder(Path(source)):
+        cfg, params, tokenizer = hf.load(Path(source))
+        return Model(source, cfg, config.Hyper(), params, tokenizer)
+    workdir, step, index = checkpoint_place(source)
+    cfg, replicate, state = load_replicate(workdir, step, index or 0)
+    label = f"{workdir}@{step}:{index or 0} ({replicate.name}, seed {replicate.seed})"
+    hyper = train.at_step(replicate.hyper, state.step)
+    return Model(label, cfg, hyper, state.params, load_folder(workdir / "tokenizer"))
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder is laid out as Hugging Face's, complete or not; a workdir is not."""
+    path = folder / "config.json"
+    return any(folder.glob("*.safetensors*")) or (
+        path.is_file() and '"model_type"' in path.read_text(encoding="utf-8", errors="replace")
+    )
 
 
 def fork_state(program: Program, source: str) -> tuple[train.TrainState, int]:

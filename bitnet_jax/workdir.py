@@ -1,0 +1,127 @@
+"""The folder of a run: who holds it, whether a run that goes on there is the same, what it is."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from bitnet_jax import config, log, optim
+from bitnet_jax.config import UserError
+from bitnet_jax.program import Program
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def occupied(workdir: Path, resume: bool) -> Iterator[None]:
+    """Hold a workdir, which is created if need be; raises UserError when it cannot be used.
+
+    A folder that was created for a run that did not begin, its config.json not written, is removed.
+    """
+    created = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = _lock(workdir)
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be used as workdir: {error.strerror}") from error
+    try:
+        if not resume and any(path.name != LOCK for path in workdir.iterdir()):
+            raise UserError(
+                f"{workdir}: not empty; add --resume to go on, or give another --workdir"
+            )
+        yield
+    finally:
+        if created and not (workdir / "config.json").exists():
+            shutil.rmtree(workdir)
+            with contextlib.suppress(OSError):  # others may have put something there
+                for folder in created[1:]:
+                    folder.rmdir()
+        else:
+            (workdir / LOCK).unlink()
+        os.close(lock)
+
+
+def _lock(workdir: Path) -> int:
+    """Lock a workdir until the returned file is closed, or the process ends in any way."""
+    path = workdir / LOCK
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note = os.pread(file, 1 << 12, 0).decode("utf-8", "replace")
+            os.close(file)
+            raise UserError(f"{workdir}: in use by {note or 'another process'}") from None
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            break
+        os.close(file)  # of a process that has just removed it
+    note = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T %z')}"
+    os.ftruncate(file, 0)
+    os.pwrite(file, note.encode(), 0)
+    return file
+
+
+def check_same(workdir: Path, settings: dict, corpus: dict) -> None:
+    """Raise UserError naming the first setting in which a resumed run differs from its workdir."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    tree = log.read_json(path)
+    saved = config.to_json(*config.from_json(tree, str(path)))
+    differs = first_difference(saved, settings)
+    if differs:
+        name, was, now = differs
+        longer = f"{name}={now}" if name.partition(".")[0] in config.SECTIONS else "FIELD=VALUE"
+        raise UserError(
+            f"{workdir}: was started with {name}={config.shown(was)}, not {config.shown(now)}; "
+            f"to go on from it with other numbers: {fork_command(workdir, longer)}"
+        )
+    if tree.get("corpus") != corpus:
+        raise UserError(f"{workdir}: data.corpus={corpus['source']} has changed since the start")
+
+
+def first_difference(a, b, path: str = "") -> tuple[str, object, object] | None:
+    """Dotted path and both values of the first leaf in which two trees of JSON values differ."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        pairs = [(f"{path}.{key}" if path else key, a[key], b[key]) for key in a]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = [(f"{path}[{i}]", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return None if a == b else (path, a, b)
+    found = (first_difference(x, y, name) for name, x, y in pairs)
+    return next((difference for difference in found if difference), None)
+
+
+def fork_command(workdir: Path, assignment: str) -> str:
+    """The command that goes on from the end of a run, with one field changed, in a new workdir."""
+    flags = f"--config {workdir}/config.json --set run.init=fork:{workdir} --set {assignment}"
+    return f"bitnet train {flags} --workdir {workdir}-2"
+
+
+def write_config(program: Program, settings: dict, workdir: Path) -> None:
+    """Write config.json and the tokenizer, unless a run was begun here, and say what is trained."""
+    one = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state.params
+    )
+    n_params = sum(x.size for x in jax.tree.leaves(one))
+    device, tokens = jax.devices()[0].device_kind, len(program.tokens.train_N)
+    print(
+        f"{len(program.replicates)} replicates of {n_params:,} parameters on {program.mesh.size} x "
+        f"{device}; {tokens:,} training tokens; {workdir}"
+    )
+    if not (workdir / "config.json").exists():
+        described = settings | {
+            "provenance": log.provenance(),
+            "corpus": program.tokens.identity,
+            "references": program.references,
+            "n_params": n_params,
+            "decay_table": optim.decay_table(one),
+        }
+        program.tokens.tokenizer.save(workdir / "tokenizer")
+        log.write_json(workdir / "config.json", described)
