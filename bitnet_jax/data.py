@@ -53,9 +53,9 @@ def check_length(cfg: DataConfig, split: str, n_tokens: int) -> None:
     """Raise UserError if a split has no window."""
     if n_windows(n_tokens, cfg.seq_len) < 1:
         raise UserError(
-            f"data.corpus={shown(cfg.corpus, 200)}: split {split} has {n_tokens} tokens, fewer than "
-            f"the {cfg.seq_len + 1} of one window (data.seq_len={cfg.seq_len} and the next token); "
-            "give more text, another data.holdout or held-out text by data.validation"
+            f"data.corpus={shown(cfg.corpus, 200)}: split {split} has {n_tokens} tokens, fewer "
+            f"than the {cfg.seq_len + 1} of one window (data.seq_len={cfg.seq_len} and the next "
+            "token); give more text, another data.holdout, or held-out text by data.validation"
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bitnet_jax import cache
 from bitnet_jax.config import UserError, shown
@@ -18,6 +18,7 @@ from bitnet_jax.config import UserError, shown
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = ("vocab.json", "merges.txt")
 HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+SPECIAL_FILE = "special_tokens_map.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())  # each character stands for one byte
 # A BPE is trained on the start of the corpus: at most this much text, and as many different words
@@ -57,13 +58,13 @@ class Tokenizer:
         With `special`, special tokens that the text spells out are those tokens, and `begin` is not
         put before a text that starts with it. Raises UserError for text that is not Unicode.
         """
-        self.backend.encode_special_tokens = not special
         try:
-            ids = self.backend.encode(text, add_special_tokens=False).ids
+            text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"prompt {shown(text)}: not UTF-8") from error
-        finally:
-            self.backend.encode_special_tokens = True
+        self.backend.encode_special_tokens = not special
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        self.backend.encode_special_tokens = True
         begun = special and tuple(ids[: len(self.begin)]) == self.begin
         return np.array([*(() if begun else self.begin), *ids], np.int32)
 
@@ -123,8 +124,8 @@ def load_tokenizer(
 def load_folder(folder: Path, name: str | None = None) -> Tokenizer:
     """The byte-level BPE of a Hugging Face folder, with what that folder says about it.
 
-    The template of tokenizer.json (or add_bos_token and add_eos_token of tokenizer_config.json)
-    gives `begin` and `close`, `eos_token` the end of text, and generation_config.json further
+    The template of tokenizer.json gives `begin` and `close` (transformers 5 ignores add_bos_token
+    and add_eos_token beside it), `eos_token` the end of text, and generation_config.json further
     tokens that end a text. Raises UserError when the folder has no such tokenizer.
     """
     folder = Path(folder).expanduser()
@@ -136,14 +137,15 @@ def load_folder(folder: Path, name: str | None = None) -> Tokenizer:
                 f"{' and '.join(HF_FILES)}{form}"
             )
     backend = _backend(folder)
-    settings = _read_json(folder, "tokenizer_config.json")
-    settings = {**_read_json(folder, "special_tokens_map.json"), **settings}
-    named = {key: _content(settings.get(key)) for key in SPECIAL}
+    settings = [_read_json(folder, name) for name in ("tokenizer_config.json", SPECIAL_FILE)]
+    named = {
+        key: next(filter(None, (_content(tree.get(key)) for tree in settings)), None)
+        for key in SPECIAL
+    }
     plain = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     for token in dict.fromkeys(named.values()):
         if token is not None and token not in plain and backend.token_to_id(token) is not None:
             backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False)])
-    _set_template(backend, settings, named)
     ids = _end_ids(folder, backend)
     end = named["eos_token"]
     if end is None and ids:
@@ -212,30 +214,16 @@ def _content(token) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _set_template(backend, settings: dict, named: dict) -> None:
-    """As transformers: flags in tokenizer_config.json replace the template of tokenizer.json."""
-    if "add_bos_token" not in settings and "add_eos_token" not in settings:
-        return
-    around = {
-        key: named[key] if settings.get(f"add_{key}") and named[key] else None
-        for key in ("bos_token", "eos_token")
-    }
-    tokens = [token for token in around.values() if token]
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*filter(None, [around["bos_token"], "$A", around["eos_token"]])],
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens)],
-    )
-
-
 def _end_ids(folder: Path, backend) -> list[int]:
     """eos_token_id of generation_config.json, else of config.json: one or several."""
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(folder, name).get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
-            if not all(type(i) is int and backend.id_to_token(i) for i in ids if i is not None):
+            known = backend.get_vocab(with_added_tokens=True).values()
+            if not all(type(i) is int for i in ids) or not set(known).issuperset(ids):
                 raise UserError(f"{folder}: {name}: eos_token_id={shown(ids)}: not token ids")
-            return [i for i in ids if i is not None]
+            return ids
     return []
 
 

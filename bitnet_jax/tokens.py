@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -68,11 +69,14 @@ def _read(path: Path) -> tuple[np.ndarray, dict]:
     with open(path, "rb") as file:
         if cache.checksum(file) != sealed["checksum"]:
             raise cache.DamagedError("wrong checksum")
-        file.seek(0)
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        tokens_N = np.memmap(file, dtype, "r", file.tell(), shape)
-    return tokens_N, sealed["counts"]
+        return _map(file), sealed["counts"]
+
+
+def _map(file: BinaryIO) -> np.ndarray:
+    file.seek(0)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.memmap(file, dtype, "r", file.tell(), shape)
 
 
 def _write(path: Path, title: str, split: Split, tokenizer: Tokenizer) -> None:

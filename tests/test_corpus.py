@@ -192,7 +192,7 @@ def test_empty_files_are_counted_once_and_skipped(tmp_path, capsys):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf")
     (tmp_path / "packed.txt.gz").write_bytes(gzip.compress(b""))
     texts = split_texts(text(tmp_path, holdout=0.25))
-    assert sum(texts.values(), []) == [f"Story {i}." for i in range(20) if i % 5]
+    assert texts["train"] + texts["validation"] == [f"Story {i}." for i in range(20) if i % 5]
     assert [x for x in capsys.readouterr().err.splitlines() if "6 of 22 files" in x]
 
 
@@ -230,7 +230,7 @@ def test_text_without_white_space_is_cut_at_a_character(tmp_path):
     (tmp_path / "a.txt").write_text(whole, encoding="utf-8")
     texts = split_texts(text(tmp_path, holdout=0.1))
     assert [len(part) for parts in texts.values() for part in parts] == [630, 70]
-    assert "".join(sum(texts.values(), [])) == whole
+    assert "".join(texts["train"] + texts["validation"]) == whole
 
 
 def test_digests_follow_names_contents_and_how_they_are_read(tmp_path):
