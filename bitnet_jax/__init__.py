@@ -2,8 +2,8 @@
 
 Each module imports only from those before it:
 
-config -> presets -> metrics -> cache -> tokenizer -> corpus -> tokens -> data -> reference -> quant
--> model -> loss -> optim -> shrink -> collapse -> verdict -> sharding -> train -> checkpoint -> hf
+config -> presets -> metrics -> cache -> tokenizer -> documents -> corpus -> tokens -> data ->
+reference -> quant -> model -> loss -> optim -> shrink -> collapse -> verdict -> sharding -> train -> checkpoint -> hf
 -> program -> restore -> generate -> audit -> causes -> checks -> inspection -> log -> charts ->
 page ->
 workdir -> recorder -> run

@@ -37,10 +37,10 @@ def _field(default, text, *, choices=None, within=None, bookkeeping=False):
     return field(default=default, metadata=metadata)
 
 
-def shown(value) -> str:
-    """A value as one short line, for messages."""
+def shown(value, most: int = 60) -> str:
+    """A value as one line of about `most` characters at most, for messages."""
     text = repr(value)[1:-1] if isinstance(value, str) else str(value)
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+    return text if len(text) <= most else f"{text[: most - 20]}... ({len(text)} characters)"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -121,6 +121,9 @@ class DataConfig:
     )
     holdout: float = _field(
         0.05, "share of the corpus held out when validation is none", within=(1e-6, 0.999)
+    )
+    separator: str | None = _field(
+        "<|endoftext|>", "stands between documents of a text file; none: a file is a document"
     )
     feature: str = _field("text", "name of the text field of tfds, .jsonl and .parquet corpora")
     tokenizer: str = _field(

@@ -1,106 +1,112 @@
 """Corpora: stdlib, text:GLOB and tfds:NAME[/CONFIG] as streams of documents, in two splits."""
 
-import codecs
+import bisect
 import functools
 import glob
-import gzip
 import hashlib
+import itertools
 import json
-import lzma
 import os
+import re
+import sys
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitnet_jax.config import DataConfig, UserError
+from bitnet_jax import documents
+from bitnet_jax.cache import require_network
+from bitnet_jax.config import DataConfig, UserError, nearest, shown
+from bitnet_jax.documents import Stream
 
-BLOCK_BYTES = 1 << 20  # files are read in blocks
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+LINE_BREAK = re.compile(r"\n|\r(?!\n)")
+PATH = 200  # characters of a path in a message
+WHITE_SPACE = re.compile(r"\s")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Documents, each a stream of blocks of text; `sha256` changes when any of them does."""
+    """A stream of documents that can be read again; `sha256` changes when any document does."""
 
     sha256: str
-    documents: Callable[[], Iterator[Iterable[str]]]
+    read: Callable[[], Stream]
+    size: float | None = None  # bytes, where that is known beforehand; only for a progress bar
 
 
 def open_corpus(cfg: DataConfig) -> tuple[str, dict[str, Split]]:
     """Digest of the corpus, and its splits "train" and "validation".
 
-    Raises UserError for a corpus that cannot be read; a text file is decoded only when its
-    documents are, so errors inside it come then.
+    Raises UserError for a corpus that cannot be read; files are decoded only when their documents
+    are read, so errors inside them come then.
     """
     kind, _, name = cfg.corpus.partition(":")
     separate = cfg.validation is not None and cfg.validation.startswith("text:")
     if cfg.validation is not None and not separate and kind != "tfds":
-        raise UserError(f"data.validation={cfg.validation}: use text:GLOB (or none)")
+        raise UserError(f"data.validation={shown(cfg.validation, PATH)}: use text:GLOB (or none)")
     if kind == "tfds":
         sha256, splits = _tfds(cfg, name, separate)
     elif kind == "stdlib":
         sha256, splits = _stdlib(cfg, separate)
     else:
-        sha256, splits = _text(cfg, name, separate)
+        sha256, splits = _text(cfg, separate)
     if separate:
-        splits["validation"] = _file_split(_find(cfg.validation))
+        splits["validation"] = _files(_find("data.validation", cfg.validation), cfg)
     return sha256, splits
 
 
-def _find(source: str) -> dict[str, Path]:
-    """Files of text:GLOB by their path below the folder that holds them all, sorted."""
+def _find(field: str, source: str) -> dict[str, Path]:
+    """Files of text:GLOB by their path below the folder that holds them all, sorted.
+
+    Empty files are left out, and their number is said on stderr.
+    """
     pattern = os.path.expanduser(source.removeprefix("text:"))
-    found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-    files = [Path(path) for path in found if os.path.isfile(path)]
+    named = f"{field}={shown(source, PATH)}"
+    if "\0" in pattern:
+        raise UserError(f"{named}: matches no file")
+    matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+    paths = [Path(path) for path in matches if os.path.isfile(path)]
+    if not paths:
+        what = "is a folder; add a pattern such as /**/*.txt" if matches else "matches no file"
+        raise UserError(f"{named}: {what}")
+    files = [path for path in paths if not documents.is_empty(path)]
     if not files:
-        what = "is a folder; add a pattern such as /**/*.txt" if found else "matches no file"
-        raise UserError(f"{source}: {what}")
+        raise UserError(f"{named}: {len(paths)} files, all empty; give text")
+    if len(files) < len(paths):
+        empty = len(paths) - len(files)
+        print(f"{named}: {empty} of {len(paths)} files are empty and skipped", file=sys.stderr)
     root = os.path.commonpath([path.parent for path in files])
     return dict(sorted((path.relative_to(root).as_posix(), path) for path in files))
 
 
-def _digest(files: dict[str, Path]) -> str:
-    """Digest of names and contents."""
-    total = hashlib.sha256()
+def _digest(files: dict[str, Path], rule: str) -> str:
+    """Digest of names and contents, and of how they are read."""
+    total = hashlib.sha256(f"{rule}\n".encode())
     for name, path in files.items():
         try:
             with open(path, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-        total.update(f"{name}\n{content}\n".encode())
+        total.update(os.fsencode(name) + f"\n{content}\n".encode())
     return total.hexdigest()
 
 
-def _file_split(files: dict[str, Path]) -> Split:
-    return Split(_digest(files), lambda: (_read_text(path) for path in files.values()))
+def _files(files: dict[str, Path], cfg: DataConfig) -> Split:
+    """The documents of files, in order."""
+    rule = json.dumps([cfg.separator, cfg.feature])
+    return Split(
+        _digest(files, rule),
+        lambda: _chain(files.values(), cfg),
+        None
+        if any(path.suffix in documents.COMPRESSED for path in files.values())
+        else sum(path.stat().st_size for path in files.values()),
+    )
 
 
-def _read_text(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """Stream the characters [start, stop) of a UTF-8 file, decompressed by its suffix."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    place = done = 0  # characters and bytes before this block
-    try:
-        with opener(path, "rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                pending = len(decoder.getstate()[0])
-                text = decoder.decode(block)
-                yield text[max(0, start - place) : None if stop is None else max(0, stop - place)]
-                place, done = place + len(text), done + len(block)
-                if stop is not None and place >= stop:
-                    return
-        pending = len(decoder.getstate()[0])
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        offset = done - pending + error.start
-        raise UserError(f"{path}: not UTF-8 at byte {offset}") from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not done:
-        raise UserError(f"{path}: empty file")
+def _chain(paths: Iterable[Path], cfg: DataConfig) -> Stream:
+    for path in paths:
+        yield from documents.read(path, cfg.separator, cfg.feature)
 
 
 def _stdlib(cfg: DataConfig, separate: bool) -> tuple[str, dict[str, Split]]:
@@ -115,8 +121,8 @@ def _stdlib(cfg: DataConfig, separate: bool) -> tuple[str, dict[str, Split]]:
     }
     train = {n: p for n, p in files.items() if separate or n not in held_out}
     validation = {n: p for n, p in files.items() if n in held_out}
-    splits = {"train": _file_split(train), "validation": _file_split(validation)}
-    return _digest(files), splits
+    splits = {"train": _files(train, cfg), "validation": _files(validation, cfg)}
+    return _digest(files, ""), splits
 
 
 def _is_library_text(name: str, path: Path) -> bool:
@@ -128,53 +134,87 @@ def _is_library_text(name: str, path: Path) -> bool:
         return False
 
 
-def _text(cfg: DataConfig, name: str, separate: bool) -> tuple[str, dict[str, Split]]:
-    """Text files; the held-out part is the tail of their concatenation, from a line break on."""
-    files = _find(f"text:{name}")
-    whole = _file_split(files)
+def _text(cfg: DataConfig, separate: bool) -> tuple[str, dict[str, Split]]:
+    """Files; the held-out part is the tail of their concatenation, from `_find_cut` on."""
+    files = _find("data.corpus", cfg.corpus)
+    whole = _files(files, cfg)
     if separate:
         return whole.sha256, {"train": whole}
     paths = list(files.values())
-    find_cut = functools.cache(functools.partial(_find_cut, paths, cfg.holdout))
+    find_cut = functools.cache(functools.partial(_find_cut, paths, cfg))
 
     def head():
         i, offset = find_cut()
-        yield from (_read_text(path) for path in paths[:i])
-        yield from ([_read_text(paths[i], 0, offset)] if offset else [])
+        yield from _chain(paths[:i], cfg)
+        if offset:
+            yield from _between(_chain(paths[i : i + 1], cfg), 0, offset)
 
     def tail():
         i, offset = find_cut()
-        yield _read_text(paths[i], offset)
-        yield from (_read_text(path) for path in paths[i + 1 :])
+        yield from _between(_chain(paths[i : i + 1], cfg), offset)
+        yield from _chain(paths[i + 1 :], cfg)
 
     rule = f"{whole.sha256} holdout {cfg.holdout!r}"
     splits = {
-        part: Split(hashlib.sha256(f"{rule} {part}".encode()).hexdigest(), documents)
-        for part, documents in (("train", head), ("validation", tail))
+        part: Split(
+            hashlib.sha256(f"{rule} {part}".encode()).hexdigest(),
+            stream,
+            whole.size and share * whole.size,
+        )
+        for part, stream, share in (
+            ("train", head, 1 - cfg.holdout),
+            ("validation", tail, cfg.holdout),
+        )
     }
     return whole.sha256, splits
 
 
-def _find_cut(paths: list[Path], holdout: float) -> tuple[int, int]:
-    """(file, character) after the first line break in the last `holdout` share of all characters.
+def _between(stream: Stream, start: int, stop: int | None = None) -> Stream:
+    """The characters [start, stop) of a stream; a document that `stop` cuts ends there."""
+    place = 0
+    for text, ends in stream:
+        part = text[max(0, start - place) : None if stop is None else stop - place]
+        place += len(text)
+        done = stop is not None and place >= stop
+        if place > start:
+            yield part, ends or done
+        if done:
+            return
 
-    The start of a file counts as a line break.
+
+def _find_cut(paths: list[Path], cfg: DataConfig) -> tuple[int, int]:
+    """Where the held-out part starts: (file, character).
+
+    Of the last `holdout` share of all characters: the first start of a document in its first
+    half, or without one there the first place after a line break, or after white space, or its
+    start.
     """
-    lengths = [sum(map(len, _read_text(path))) for path in paths]
-    left = int((1 - holdout) * sum(lengths))
-    i = 0
-    while left >= lengths[i] and i + 1 < len(lengths):
-        left -= lengths[i]
-        i += 1
-    if not left:
-        return i, 0
-    offset = left
-    for block in _read_text(paths[i], left):
-        newline = block.find("\n")
-        if newline >= 0:
-            return i, offset + newline + 1
-        offset += len(block)
-    return i, offset
+    lengths = [sum(len(text) for text, _ in _chain([path], cfg)) for path in paths]
+    ends = list(itertools.accumulate(lengths))
+    left = int((1 - cfg.holdout) * ends[-1])
+    limit = (left + ends[-1]) // 2
+    first = min(bisect.bisect_right(ends, left), len(paths) - 1)
+    cut = _first_break(_chain(paths[first:], cfg), ends[first] - lengths[first], left, limit)
+    i = min(bisect.bisect_right(ends, cut), len(paths) - 1)
+    return i, cut - (ends[i] - lengths[i])
+
+
+def _first_break(stream: Stream, place: int, left: int, limit: int) -> int:
+    """The break of `_find_cut` in a stream whose first document starts at `place` <= left."""
+    if place == left:
+        return left
+    places = {}
+    for text, ends in stream:
+        inside = max(left - place, 0), max(limit - place, 0)
+        for pattern in (LINE_BREAK, WHITE_SPACE):
+            if pattern not in places and (match := pattern.search(text, *inside)):
+                places[pattern] = place + match.end()
+        place += len(text)
+        if ends and left <= place <= limit:
+            return place
+        if place > limit:
+            break
+    return places.get(LINE_BREAK, places.get(WHITE_SPACE, left))
 
 
 def _tfds(cfg: DataConfig, name: str, separate: bool) -> tuple[str, dict[str, Split]]:
@@ -184,14 +224,15 @@ def _tfds(cfg: DataConfig, name: str, separate: bool) -> tuple[str, dict[str, Sp
     held_out = next((s for s in (cfg.validation, "validation", "test") if s in sources), None)
     if not separate and cfg.validation not in (None, held_out):
         raise UserError(
-            f"data.validation={cfg.validation}: {cfg.corpus} has splits {', '.join(sources)}"
+            f"data.validation={shown(cfg.validation)}: {cfg.corpus} has splits "
+            f"{', '.join(sources)}{nearest(cfg.validation, sources)}"
         )
     sizes = {s: [info.splits[s].shard_lengths, info.splits[s].num_bytes] for s in sorted(sources)}
     sha256 = hashlib.sha256(json.dumps([info.full_name, sizes]).encode()).hexdigest()
 
     def part(split, start, stop):
         rule = f"{sha256} {cfg.feature} {split} {start} {stop}"
-        read = functools.partial(_examples, sources[split], cfg.feature, start, stop)
+        read = functools.partial(_examples, cfg, sources[split], split, start, stop)
         return Split(hashlib.sha256(rule.encode()).hexdigest(), read)
 
     size = len(sources["train"])
@@ -210,12 +251,16 @@ def _tfds_sources(cfg: DataConfig, name: str) -> dict:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.util import DownloadError
 
+    where = f"data.corpus={shown(cfg.corpus)}"
     try:
-        sources = tfds.data_source(
-            name,
-            data_dir=os.environ.get("TFDS_DATA_DIR"),
-            builder_kwargs={"file_format": "array_record"},
-        )
+        folder = os.environ.get("TFDS_DATA_DIR")
+        builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+        if not builder.is_prepared():
+            urls = [url for url in builder.url_infos or () if url.startswith("http")]
+            for url in urls[:1]:
+                require_network(where, url, "use text:GLOB, or prepare it under TFDS_DATA_DIR")
+            builder.download_and_prepare()
+        sources = builder.as_data_source()
     except (
         ValueError,
         OSError,
@@ -225,18 +270,25 @@ def _tfds_sources(cfg: DataConfig, name: str) -> dict:
         DownloadError,
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.corpus={cfg.corpus}: {reason}") from error
+        raise UserError(f"{where}: {reason}") from error
     if "train" not in sources:
-        raise UserError(f"data.corpus={cfg.corpus}: no split train; it has {', '.join(sources)}")
+        raise UserError(f"{where}: no split train; it has {', '.join(sources)}")
     features = sources["train"].dataset_info.features
+    field = f"data.feature={shown(cfg.feature)}"
     if cfg.feature not in features:
         have = ", ".join(sorted(features))
-        raise UserError(f"data.feature={cfg.feature}: {cfg.corpus} has {have}")
+        raise UserError(f"{field}: {cfg.corpus} has {have}{nearest(cfg.feature, features)}")
     if not isinstance(sources["train"][0][cfg.feature], bytes):
-        raise UserError(f"data.feature={cfg.feature}: not text but {features[cfg.feature]}")
+        raise UserError(f"{field}: not text but {features[cfg.feature]}")
     return sources
 
 
-def _examples(source, feature: str, start: int, stop: int) -> Iterator[Iterable[str]]:
+def _examples(cfg: DataConfig, source, split: str, start: int, stop: int) -> Stream:
     for i in range(start, stop):
-        yield (source[i][feature].decode("utf-8"),)
+        try:
+            text = source[i][cfg.feature].decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = f"data.corpus={shown(cfg.corpus)}: example {i} of split {split}"
+            raise UserError(f"{where} is not UTF-8 at byte {error.start}") from error
+        if text:
+            yield text, True

@@ -5,25 +5,16 @@ document, and memory-mapped from there. Window i of a split starts at token i * 
 complete: nobody who receives one needs to know which token ends a text.
 """
 
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import flax.struct
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from bitnet_jax import corpus
 from bitnet_jax import tokenizer as tokenizers
-from bitnet_jax.config import DataConfig, UserError
-
-PIECE_CHARS = 1 << 18  # a document is encoded in pieces of about this size
-BATCH_CHARS = 1 << 22  # pieces that are encoded at once, in parallel
-CUT = re.compile(r"\S(?=\n)")
+from bitnet_jax.config import DataConfig, UserError, shown
+from bitnet_jax.tokens import cached_tokens, pieces
 
 
 @dataclass(frozen=True)
@@ -43,12 +34,12 @@ def load(cfg: DataConfig) -> TokenData:
     tokenizer = tokenizers.load_tokenizer(
         cfg.tokenizer,
         train.sha256,
-        lambda: (piece for document in train.documents() for piece in cut_pieces(document)),
+        lambda: (text for text, _ in pieces(train.read())),
     )
     tokens, identity = {}, {"source": cfg.corpus, "sha256": sha256}
     identity["tokenizer"] = {"name": tokenizer.name, "key": tokenizer.key}
     for name, split in splits.items():
-        tokens[name], identity[name] = _cached_tokens(name, split, tokenizer)
+        tokens[name], identity[name] = cached_tokens(name, split, tokenizer)
         check_length(cfg, name, len(tokens[name]))
     return TokenData(tokens["train"], tokens["validation"], tokenizer, identity)
 
@@ -62,8 +53,9 @@ def check_length(cfg: DataConfig, split: str, n_tokens: int) -> None:
     """Raise UserError if a split has no window."""
     if n_windows(n_tokens, cfg.seq_len) < 1:
         raise UserError(
-            f"data.corpus={cfg.corpus}: split {split} has {n_tokens} tokens, fewer than the "
-            f"{cfg.seq_len + 1} of one window (data.seq_len={cfg.seq_len} and the next token)"
+            f"data.corpus={shown(cfg.corpus, 200)}: split {split} has {n_tokens} tokens, fewer "
+            f"than the {cfg.seq_len + 1} of one window (data.seq_len={cfg.seq_len} and the next "
+            "token); give more text, another data.holdout, or held-out text by data.validation"
         )
 
 
@@ -199,91 +191,3 @@ def large_block(cfg: DataConfig, windows: Windows) -> Batch:
     """Held-out windows of at least `held_out_positions` positions, or all there are: [N, B, L]."""
     per_batch = cfg.batch_size * cfg.seq_len
     return spaced(windows, cfg.batch_size, -(-cfg.held_out_positions // per_batch))
-
-
-def cut_pieces(document: Iterable[str]) -> Iterator[str]:
-    """Cut a document (blocks of text) into pieces that encode to the tokens of the whole.
-
-    The cut lies between a non-space character and a newline: GPT-2's pre-tokenisation
-    (Radford et al. 2019) always ends a word there, and looks ahead only from white space. Text
-    without such a place stays whole.
-    """
-    rest = ""
-    for block in document:
-        rest += block
-        start = 0
-        while match := CUT.search(rest, start + PIECE_CHARS):
-            yield rest[start : match.end()]
-            start = match.end()
-        rest = rest[start:]
-    if rest:
-        yield rest
-
-
-def _cached_tokens(name, split, tokenizer) -> tuple[np.ndarray, dict]:
-    """Tokens of a split, memory-mapped, and its counts; tokenises unless the cache has them."""
-    key = hashlib.sha256(f"{split.sha256} {tokenizer.key}".encode()).hexdigest()[:16]
-    path = tokenizers.cache_dir() / f"tokens-{key}.npy"
-    cached = _read_cache(path)
-    if cached is None:
-        with tokenizers.cache_lock(path):
-            cached = _read_cache(path)
-            if cached is None:
-                _write_cache(path, name, split, tokenizer)
-                cached = _read_cache(path)
-    return cached
-
-
-def _read_cache(path: Path) -> tuple[np.ndarray, dict] | None:
-    """None when there is no cache file, or a damaged one."""
-    try:
-        counts = json.loads(path.with_suffix(".json").read_text())
-        tokens_N = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
-    return (tokens_N, counts) if len(tokens_N) == counts["tokens"] else None
-
-
-def _write_cache(path: Path, name: str, split: corpus.Split, tokenizer) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.int32)
-    counts = {"tokens": 0, "bytes": 0, "documents": 0, "sha256": split.sha256}
-    bar = tqdm(desc=f"tokenizing {name}", unit="B", unit_scale=True)
-    with tokenizers.replacing(path) as temporary, open(temporary, "wb") as file, bar:
-        _write_header(file, dtype, 0)
-        for batch in _batches(split.documents()):
-            ids = tokenizer.encode_batch([piece for piece, _ in batch])
-            size = sum(len(piece.encode()) for piece, _ in batch)
-            for ids_n, (_, last) in zip(ids, batch, strict=True):
-                file.write(np.append(ids_n, [tokenizer.end_of_text] * last).astype(dtype).tobytes())
-                counts["tokens"] += len(ids_n) + last
-                counts["documents"] += last
-            counts["bytes"] += size
-            bar.update(size)
-        _write_header(file, dtype, counts["tokens"])
-    with tokenizers.replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(counts))
-
-
-def _write_header(file, dtype: np.dtype, n: int) -> None:
-    """Write a .npy header; numpy pads it so that its size does not depend on `n`."""
-    file.seek(0)
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (n,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _batches(documents: Iterator[Iterable[str]]) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of (piece, is the last of its document), each list about BATCH_CHARS long."""
-    batch, chars = [], 0
-    for document in documents:
-        pieces = cut_pieces(document)
-        piece = next(pieces, None)
-        while piece is not None:
-            following = next(pieces, None)
-            batch.append((piece, following is None))
-            chars += len(piece)
-            if chars >= BATCH_CHARS:
-                yield batch
-                batch, chars = [], 0
-            piece = following
-    if batch:
-        yield batch
