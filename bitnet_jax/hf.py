@@ -102,8 +102,7 @@ def _json_files(cfg: Config, tokenizer: Tokenizer, form: str) -> dict[str, dict]
 
 def _check_expressible(model, hyper, tokenizer, packed) -> None:
     strengths = float(hyper.weight_quant), float(hyper.act_quant)
-    scale, fmt = float(hyper.logit_scale), model.weight_format
-    dense = strengths == (0, 0)
+    scale, dense = float(hyper.logit_scale), strengths == (0, 0)
     for wrong, reason in (
         (
             model.layout != "b158",
@@ -111,10 +110,6 @@ def _check_expressible(model, hyper, tokenizer, packed) -> None:
             "projections, not a norm in every linear layer and fused ones",
         ),
         (model.output_bias, "model.output_bias=true: transformers' BitNet has no bias of logits"),
-        (
-            fmt not in ("ternary", "packed"),
-            f"model.weight_format={fmt}: transformers' BitNet is ternary",
-        ),
         (scale != 1, f"hyper.logit_scale={scale:g}: transformers' BitNet does not scale logits"),
         (
             strengths != (1, 1) and not dense,
@@ -122,7 +117,10 @@ def _check_expressible(model, hyper, tokenizer, packed) -> None:
             "step: transformers' BitNet quantises in full, or not at all with both at 0",
         ),
         (packed and dense, "hyper.weight_quant=0: a dense model has no ternary weights to pack"),
-        (not packed and fmt == "packed", "model.weight_format=packed: only codes are left; pack"),
+        (
+            not packed and model.weight_format == "packed",
+            "model.weight_format=packed: only codes are left; pack",
+        ),
         (
             model.vocab_size < tokenizer.vocab_size,
             f"model.vocab_size={model.vocab_size}, but the tokenizer has {tokenizer.vocab_size}",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bitnet_jax.config import Config, ModelConfig, UserError
-from bitnet_jax.hf_files import Entry, shown
+from bitnet_jax.hf_files import Entry, quoted
 
 SIZES = {  # ModelConfig -> BitNetConfig
     "vocab_size": "vocab_size",
@@ -36,7 +36,8 @@ PACKED = ("value", "inverse")
 PROJECTIONS = tuple(f"self_attn.{name}_proj" for name in "qkvo") + tuple(
     f"mlp.{name}_proj" for name in ("gate", "up", "down")
 )
-LARGEST, MOST_LAYERS = 2**24, 10_000  # of a size: a damaged number is named, not computed with
+LARGEST = 2**20  # of a size: a damaged number is named, not computed with
+LARGEST_OF = {"vocab_size": 2**24, "num_hidden_layers": 10_000, "max_position_embeddings": 2**24}
 
 
 def form(folder: Path, settings: dict) -> str:
@@ -103,7 +104,7 @@ def model_config(folder: Path, settings: dict, form: str, entries: dict[str, Ent
 
 def trained_length(folder: Path, settings: dict) -> int:
     """Longest window that the model was trained on."""
-    return _whole(folder, settings, "max_position_embeddings", LARGEST, 2048)
+    return _whole(folder, settings, "max_position_embeddings", smallest=2, default=2048)
 
 
 def settings_of(cfg: Config, end_of_text: int, form: str) -> dict:
@@ -130,13 +131,13 @@ def settings_of(cfg: Config, end_of_text: int, form: str) -> dict:
 
 
 def _refuse(folder: Path, key: str, value, reason: str) -> NoReturn:
-    raise UserError(f"{folder}: config.json has {key}={shown(value)}: {reason}")
+    raise UserError(f"{folder}: config.json has {key}={quoted(value)}: {reason}")
 
 
-def _whole(folder, settings, key, largest, default=None) -> int:
-    value = settings.get(key, default)
-    if type(value) is not int or not 1 <= value <= largest:  # true is an int
-        _refuse(folder, key, value, f"a whole number from 1 to {largest:,} is needed")
+def _whole(folder, settings, key, *, smallest=1, default=None) -> int:
+    value, largest = settings.get(key, default), LARGEST_OF.get(key, LARGEST)
+    if type(value) is not int or not smallest <= value <= largest:  # true is an int
+        _refuse(folder, key, value, f"a whole number from {smallest} to {largest:,} is needed")
     return value
 
 
@@ -148,8 +149,8 @@ def _number(folder, key, value, smallest, largest) -> float:
 
 def _sizes(folder, settings, form, entries) -> dict[str, int]:
     """Numbers of SIZES; heads must divide the width, and codes are packed by four outputs."""
-    n_heads = _whole(folder, settings, "num_attention_heads", LARGEST)
-    width = _whole(folder, settings, "hidden_size", LARGEST)
+    n_heads = _whole(folder, settings, "num_attention_heads")
+    width = _whole(folder, settings, "hidden_size")
     if width % n_heads or width // n_heads % 2:
         reason = f"must divide hidden_size={width} into heads of even width"
         _refuse(folder, "num_attention_heads", n_heads, reason)
@@ -161,19 +162,20 @@ def _sizes(folder, settings, form, entries) -> dict[str, int]:
         settings = settings | {"num_key_value_heads": _stored_kv_heads(entries, form, head)}
     if settings["num_key_value_heads"] is None:
         settings = settings | {"num_key_value_heads": n_heads}
-    if n_heads % _whole(folder, settings, "num_key_value_heads", LARGEST):
+    if n_heads % _whole(folder, settings, "num_key_value_heads"):
         reason = f"must divide num_attention_heads={n_heads}"
         _refuse(folder, "num_key_value_heads", settings["num_key_value_heads"], reason)
-    d_ff = _whole(folder, settings, "intermediate_size", LARGEST)
-    if form in PACKED:
-        for key, value in (("hidden_size", width), ("intermediate_size", d_ff)):
-            if value % 4:
-                _refuse(folder, key, value, "packed weights need a multiple of 4")
-    most = {"num_hidden_layers": MOST_LAYERS}
-    return {
-        ours: _whole(folder, settings, theirs, most.get(theirs, LARGEST))
-        for ours, theirs in SIZES.items()
+    sizes = {ours: _whole(folder, settings, theirs) for ours, theirs in SIZES.items()}
+    outputs = {
+        "hidden_size": width,
+        "num_key_value_heads": sizes["n_kv_heads"] * head,
+        "intermediate_size": sizes["d_ff"],
     }
+    for key, n in outputs.items():
+        if form in PACKED and n % 4:
+            reason = f"makes a matrix of {n} rows; codes are packed by four"
+            _refuse(folder, key, settings[key], reason)
+    return sizes
 
 
 def _stored_kv_heads(entries, form, head) -> int | None:
@@ -242,7 +244,7 @@ def _check_unquantised(folder, settings, n_layers) -> None:
     for name in names:
         plain = re.fullmatch(r"\w+([.]\w+|[.][*])*", name)
         if not plain or len(name) > 200 or name.count("*") > 3:
-            _refuse(folder, key, names, f"{shown(name)} is not the name of a module")
+            _refuse(folder, key, names, f"{quoted(name)} is not the name of a module")
     boundary = r"(?:(?<=\.)|(?=\.|$))"
 
     def kept(module):

@@ -24,14 +24,14 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 70
 
 
-def shown(value) -> str:
+def quoted(value) -> str:
     """A value on one line of printable characters, shortened."""
     return _SHORT.repr(value)
 
 
-def shown_name(name: str) -> str:
-    """A name as it is, or as `shown` has it where a terminal could not show it."""
-    return name if name.isprintable() and len(name) <= 200 else shown(name)
+def printable(name: str) -> str:
+    """A name as it is, or quoted where a terminal could not show it."""
+    return name if name.isprintable() and len(name) <= 200 else quoted(name)
 
 
 def read_json(path: Path) -> dict:
@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, not JSON: {shown_name(str(error))}") from error
+        raise UserError(f"{path}: damaged, not JSON: {printable(str(error))}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: damaged, not a JSON object")
     return tree
@@ -68,7 +68,7 @@ def entries(folder: Path) -> dict[str, Entry]:
             for key in file.keys():  # noqa: SIM118, a safetensors file is no mapping
                 if key in found:
                     raise UserError(
-                        f"{folder}: duplicate key {shown_name(key)}: {found[key].file} and {name}"
+                        f"{folder}: duplicate key {printable(key)}: {found[key].file} and {name}"
                     )
                 header = file.get_slice(key)
                 found[key] = Entry(name, header.get_dtype(), tuple(header.get_shape()))
@@ -95,7 +95,7 @@ def _weight_files(folder: Path) -> list[str]:
     place = read_json(folder / INDEX).get("weight_map")
     if not isinstance(place, dict) or not place:
         raise UserError(
-            f"{folder / INDEX}: weight_map={shown(place)}: an object that gives the file of each "
+            f"{folder / INDEX}: weight_map={quoted(place)}: an object that gives the file of each "
             "tensor is needed"
         )
     for key, name in place.items():
@@ -106,7 +106,7 @@ def _weight_files(folder: Path) -> list[str]:
         else:
             continue
         raise UserError(
-            f"{folder / INDEX}: weight_map has {shown_name(key)}={shown(name)}: {reason}"
+            f"{folder / INDEX}: weight_map has {printable(key)}={quoted(name)}: {reason}"
         )
     return sorted(set(place.values()))
 
@@ -117,12 +117,12 @@ def _opened(folder: Path, name: str):
         with safetensors.safe_open(folder / name, "np") as file:
             yield file
     except FileNotFoundError:
-        raise UserError(f"{folder}: missing shard {shown_name(name)}, named by {INDEX}") from None
+        raise UserError(f"{folder}: missing shard {printable(name)}, named by {INDEX}") from None
     except OSError as error:
-        raise UserError(f"{folder}: {shown_name(name)} cannot be read: {error}") from error
+        raise UserError(f"{folder}: {printable(name)} cannot be read: {error}") from error
     except (ValueError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"{folder}: {shown_name(name)}: truncated or damaged: {shown_name(str(error))}"
+            f"{folder}: {printable(name)}: truncated or damaged: {printable(str(error))}"
         ) from error
 
 
@@ -188,12 +188,12 @@ def card_text(card: Card, title: str, n_parameters: int, weights: str) -> str:
         "commit of bitnet_jax": card.commit,
     }
     cells = {
-        key: f"{value:.4f}" if isinstance(value, float) else shown_name(str(value))
+        key: f"{value:.4f}" if isinstance(value, float) else printable(str(value))
         for key, value in facts.items()
         if value is not None
     }
     rows = "\n".join(f"| {key} | {text.replace('|', '&#124;')} |" for key, text in cells.items())
-    return CARD.format(title=shown_name(title), rows=rows)
+    return CARD.format(title=printable(title), rows=rows)
 
 
 CARD = """\

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from bitnet_jax import hf_files, quant
 from bitnet_jax.config import Hyper, ModelConfig, UserError
-from bitnet_jax.hf_files import Entry, shown_name
+from bitnet_jax.hf_files import Entry, printable
 from bitnet_jax.model import Transformer, pack_params
 
 # Parameter here -> tensor there. Matrices are [in, out] here and [out, in] there.
@@ -101,7 +101,7 @@ def read_params(folder, entries, model, form) -> dict[str, np.ndarray]:
     entries = _without_redundant(folder, entries, model.tied_embedding)
     for key, entry in entries.items():
         if key not in names:
-            raise UserError(f"{folder}: unknown key {shown_name(key)} in {entry.file}")
+            raise UserError(f"{folder}: unknown key {printable(key)} in {entry.file}")
     if missing := sorted(names.keys() - entries.keys()):
         hint = "; is tie_word_embeddings=true missing in config.json?" if HEAD in missing else ""
         raise UserError(f"{folder}: missing key {missing[0]} ({len(missing)} missing in all){hint}")

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from bitnet_jax import generate, hf, loss, quant, tokenizer
 from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig, UserError
+from bitnet_jax.data import Batch
 from bitnet_jax.hf_files import INDEX, WEIGHTS
 from bitnet_jax.model import BitLinear, Transformer
 
@@ -101,10 +102,15 @@ def logits(cfg: Config, params, tokens_BL, hyper: Hyper | None = None) -> np.nda
     return np.asarray(forward({"params": params}, tokens_BL, hyper or Hyper()))
 
 
+def next_tokens(tokens_BL) -> Batch:
+    """Every token predicts the one that follows it."""
+    weights_BL = np.ones(tokens_BL[:, 1:].shape, np.float32)
+    return Batch(tokens_BL[:, :-1], tokens_BL[:, 1:], weights_BL)
+
+
 def mean_loss(logits_BLV, tokens_BL) -> float:
     """Mean cross-entropy of the tokens after the first."""
-    weights_BL = np.ones(tokens_BL[:, 1:].shape, np.float32)
-    return float(loss.next_token_loss(logits_BLV[:, :-1], tokens_BL[:, 1:], weights_BL))
+    return float(loss.cross_entropy(logits_BLV[:, :-1], next_tokens(tokens_BL)))
 
 
 def greedy(cfg: Config, params, tokens_BL, hyper: Hyper | None = None) -> np.ndarray:

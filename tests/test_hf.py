@@ -27,7 +27,7 @@ from hf_models import (
     write_tensors,
 )
 
-from bitnet_jax import hf, presets, program, quant, tokenizer
+from bitnet_jax import hf, presets, program, quant, restore, tokenizer
 from bitnet_jax.config import Config, Hyper, ModelConfig, UserError
 from bitnet_jax.hf_files import INDEX, WEIGHTS
 
@@ -218,7 +218,6 @@ def tensors_of_file(path):
     [
         ({"layout": "report"}, {}, False, "model.layout=report"),
         ({"output_bias": True}, {}, False, "model.output_bias=true"),
-        ({"weight_format": "int4"}, {}, False, "model.weight_format=int4"),
         ({"weight_format": "packed"}, {}, False, "only codes are left"),
         ({"d_ff": 46}, {}, True, "outputs; packing needs a multiple of 4"),
         ({"vocab_size": 260}, {}, False, "model.vocab_size=260"),
@@ -286,7 +285,7 @@ def imported(tiny, tmp_path):
 
 def start(cfg):
     made = program.build(cfg, presets.make_replicates(cfg, [0], {}))
-    return made, *program.start_state(made, Path("nowhere"))
+    return made, *restore.start_state(made, Path("nowhere"))
 
 
 def test_training_starts_from_a_folder_with_a_new_optimiser(imported):

@@ -128,7 +128,7 @@ HUGE = 10**30
         ({"num_attention_heads": 0}, "num_attention_heads=0: a whole number"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3: must divide num_attention_heads=4"),
         ({"num_key_value_heads": -2}, "num_key_value_heads=-2: a whole number"),
-        ({"intermediate_size": 2**24}, "has shape (24, 48); config.json makes it (24, 16777216)"),
+        ({"intermediate_size": 2**20}, "has shape (24, 48); config.json makes it (24, 1048576)"),
         ({"vocab_size": 2**40}, "vocab_size=1099511627776: a whole number"),
         ({"vocab_size": 263}, "the tokenizer has 264 tokens, more than vocab_size=263"),
         ({"max_position_embeddings": "long"}, "max_position_embeddings='long': a whole number"),
@@ -178,6 +178,15 @@ def test_a_configuration_that_is_not_this_model_is_named(copy, changes, told):
     edit_json(folder / "config.json", **changes)
     line = message(folder)
     assert told in line and len(line.replace(str(folder), "")) < 250
+
+
+def test_packed_matrices_have_rows_in_fours(copy):
+    """One key head of width 2 has two."""
+    folder = copy(PACKED)
+    edit_json(folder / "config.json", num_attention_heads=16)
+    assert "num_key_value_heads=1: makes a matrix of 2 rows" in message(folder)
+    edit_json(folder / "config.json", num_attention_heads=4, intermediate_size=42)
+    assert "intermediate_size=42: makes a matrix of 42 rows" in message(folder)
 
 
 @pytest.mark.parametrize(
