@@ -193,7 +193,7 @@ def card_text(card: Card, title: str, n_parameters: int, weights: str) -> str:
         if value is not None
     }
     rows = "\n".join(f"| {key} | {text.replace('|', '&#124;')} |" for key, text in cells.items())
-    return CARD.format(title=printable(title), rows=rows)
+    return CARD.format(title=printable(title), folder=title, rows=rows)
 
 
 CARD = """\
@@ -215,7 +215,7 @@ A BitNet b1.58 language model (ternary weights, int8 activations), trained with 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "{title}"
+folder = {folder!r}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 prompt = tokenizer("Once upon a time", return_tensors="pt")

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import hf_models
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from hf_models import (
     write_tensors,
 )
 
-from bitnet_jax import hf, hf_files, quant
+from bitnet_jax import generate, hf, hf_files, presets, program, quant, restore
 from bitnet_jax.config import Config, Hyper, UserError
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -221,6 +223,35 @@ def test_rows_beyond_the_tokenizer_are_padding_that_comes_back(copy, tmp_path):
     np.testing.assert_allclose(hf_models.logits(cfg, params, tokens_BL)[..., :-8], whole, atol=1e-5)
     hf.export(tmp_path / "out", cfg, params, Hyper(), tok)
     assert same(tensors_of(tmp_path / "out"), tensors_of(folder))
+
+
+def test_padding_is_never_sampled_and_its_folder_trains(copy, tiny):
+    """Rows that would win, were they allowed to."""
+    folder, tensors = copy()
+    padded(folder, tensors, 8)
+    cfg, params, tok = hf.load(folder)
+    params["head"]["kernel"][:, tok.vocab_size :] *= 40
+    logits_BV = hf_models.logits(cfg, params, np.arange(2, 26).reshape(2, 12))[:, -1]
+    assert (logits_BV.argmax(axis=-1) >= tok.vocab_size).any()
+    keys, seen = jax.random.split(jax.random.key(0), 2), np.zeros(logits_BV.shape, bool)
+    for temperature in (0.0, 1.0):
+        sampling = generate.Sampling(temperature=temperature)
+        anything = generate.choose(jnp.asarray(logits_BV), seen, keys, sampling)
+        sampling = sampling.replace(n_tokens=tok.vocab_size)
+        chosen = generate.choose(jnp.asarray(logits_BV), seen, keys, sampling)
+        assert (anything >= tok.vocab_size).any() and (chosen < tok.vocab_size).all()
+    cfg = replace(
+        tiny,
+        model=replace(cfg.model, dtype=tiny.model.dtype),
+        data=replace(tiny.data, tokenizer=f"hf:{folder}"),
+        run=replace(tiny.run, init=f"hf:{folder}"),
+    )
+    made = program.build(cfg, presets.make_replicates(cfg, [0], {}))
+    state, _ = restore.start_state(made, Path("nowhere"))
+    assert np.isfinite(made.evaluate(state)["eval/loss"]).all()
+    with pytest.raises(UserError, match=r"model.vocab_size=300"):
+        too_few = replace(cfg, model=replace(cfg.model, vocab_size=300))
+        program.resolve_vocab(replace(too_few, data=tiny.data), 264)
 
 
 def test_a_replicate_that_diverged_is_not_exported(tmp_path):
