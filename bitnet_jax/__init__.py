@@ -2,9 +2,8 @@
 
 Each module imports only from those before it:
 
-config -> presets -> metrics -> cache -> tokenizer -> documents -> corpus -> tokens -> data ->
-reference -> quant -> model -> loss -> optim -> shrink -> collapse -> verdict -> sharding -> train -> checkpoint -> hf
--> program -> restore -> generate -> audit -> causes -> checks -> inspection -> log -> charts ->
-page ->
-workdir -> recorder -> run
+config -> presets -> metrics -> cache -> tokenizer -> documents -> corpus -> tokens -> data
+-> reference -> quant -> model -> loss -> optim -> shrink -> collapse -> verdict -> sharding -> train
+-> checkpoint -> hf_files -> hf_config -> hf_weights -> hf -> program -> restore -> generate -> audit
+-> causes -> checks -> inspection -> log -> charts -> page -> workdir -> recorder -> run
 """

@@ -24,6 +24,7 @@ class Sampling:
     top_k: int = 0  # only the k most likely; 0: all
     top_p: float = 1.0  # only the most likely that together reach p (nucleus, arXiv 1904.09751)
     repetition_penalty: float = 1.0  # of tokens seen before (arXiv 1909.05858, section 4.1)
+    n_tokens: int = 0  # of the tokenizer: ids from here on are padding, never chosen; 0: none are
 
 
 @flax.struct.dataclass
@@ -120,6 +121,8 @@ def choose(logits_BV, seen_BV, key_B, sampling: Sampling) -> jax.Array:
     penalty = sampling.repetition_penalty
     penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
+    is_token_V = (sampling.n_tokens == 0) | (jnp.arange(logits_BV.shape[-1]) < sampling.n_tokens)
+    logits_BV = jnp.where(is_token_V, logits_BV, -jnp.inf)
 
     def sample(logits_BV):
         scaled_BV = logits_BV / sampling.temperature

@@ -96,8 +96,14 @@ class Program:
 
 
 def resolve_vocab(cfg: Config, vocab_size: int) -> Config:
-    """Fill in or check `model.vocab_size` against the tokenizer's."""
-    if cfg.model.vocab_size not in (None, vocab_size):
+    """Fill in or check `model.vocab_size` against the tokenizer's.
+
+    The model of a Hugging Face folder may have more rows than its tokenizer has tokens: padding.
+    """
+    rows = cfg.model.vocab_size
+    if rows is not None and rows > vocab_size and cfg.data.tokenizer.startswith("hf:"):
+        return cfg
+    if rows not in (None, vocab_size):
         raise UserError(
             f"model.vocab_size={cfg.model.vocab_size}, but tokenizer {cfg.data.tokenizer} has "
             f"{vocab_size} tokens; set model.vocab_size={vocab_size} or none"
@@ -136,7 +142,10 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
         large_nats_NKBL=nats_NKBL,
         tracked=tracked,
         unigram_V=predictors.unigram_V.astype(np.float32),
-        token_bytes_V=tokens.tokenizer.token_bytes_V.astype(np.float32),
+        token_bytes_V=np.pad(
+            tokens.tokenizer.token_bytes_V.astype(np.float32),
+            (0, cfg.model.vocab_size - tokens.tokenizer.vocab_size),
+        ),
     )
     on_device = cfg.data.gather == "device" or (
         cfg.data.gather == "auto" and tokens.train_N.nbytes <= DEVICE_BYTES

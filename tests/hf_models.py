@@ -1,12 +1,19 @@
-"""Tiny random models for comparisons with transformers, and what both must give."""
+"""Tiny random models for comparisons with transformers, what both must give, and their folders."""
+
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import safetensors.numpy
 from flax import linen as nn
 
-from bitnet_jax import generate, loss, quant, tokenizer
-from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig
+from bitnet_jax import generate, hf, loss, quant, tokenizer
+from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig, UserError
+from bitnet_jax.data import Batch
+from bitnet_jax.hf_files import INDEX, WEIGHTS
 from bitnet_jax.model import BitLinear, Transformer
 
 V, N_TOKENS, N_PROMPT, N_NEW = 264, 12, 8, 64
@@ -95,10 +102,15 @@ def logits(cfg: Config, params, tokens_BL, hyper: Hyper | None = None) -> np.nda
     return np.asarray(forward({"params": params}, tokens_BL, hyper or Hyper()))
 
 
+def next_tokens(tokens_BL) -> Batch:
+    """Every token predicts the one that follows it."""
+    weights_BL = np.ones(tokens_BL[:, 1:].shape, np.float32)
+    return Batch(tokens_BL[:, :-1], tokens_BL[:, 1:], weights_BL)
+
+
 def mean_loss(logits_BLV, tokens_BL) -> float:
     """Mean cross-entropy of the tokens after the first."""
-    weights_BL = np.ones(tokens_BL[:, 1:].shape, np.float32)
-    return float(loss.next_token_loss(logits_BLV[:, :-1], tokens_BL[:, 1:], weights_BL))
+    return float(loss.cross_entropy(logits_BLV[:, :-1], next_tokens(tokens_BL)))
 
 
 def greedy(cfg: Config, params, tokens_BL, hyper: Hyper | None = None) -> np.ndarray:
@@ -109,3 +121,49 @@ def greedy(cfg: Config, params, tokens_BL, hyper: Hyper | None = None) -> np.nda
     return np.asarray(generate.generate(cfg, params, hyper, prompts_BP, lengths_B, N_NEW, **rest))[
         0
     ]
+
+
+GOLDEN = Path(__file__).parent / "fixtures" / "hf"  # written by parity/make_golden.py
+LATENTS, PACKED, TIED = (GOLDEN / name for name in ("gqa_untied", "one_kv_head_packed", "mha_tied"))
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change fields of a JSON object in a file; `...` removes one."""
+    tree = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in tree.items() if v is not ...}))
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder that has one file of them."""
+    return safetensors.numpy.load_file(folder / WEIGHTS)
+
+
+def write_tensors(folder: Path, tensors, name: str = WEIGHTS) -> None:
+    """Write a file of tensors; those that are None are left out."""
+    stored = {key: np.ascontiguousarray(w) for key, w in tensors.items() if w is not None}
+    safetensors.numpy.save_file(stored, folder / name, metadata={"format": "pt"})
+
+
+def shard(folder: Path, tensors) -> None:
+    """Two shards in place of one file, and the index that names them."""
+    (folder / WEIGHTS).unlink()
+    place = {}
+    for i in range(2):
+        name = f"model-{i + 1:05}-of-00002.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[i::2]}
+        write_tensors(folder, part, name)
+        place |= dict.fromkeys(part, name)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": place}))
+
+
+def same(a, b) -> bool:
+    """Whether two trees of arrays are equal."""
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def message(folder: Path) -> str:
+    """The line that says why a folder cannot be loaded."""
+    with pytest.raises(UserError) as caught:
+        hf.load(folder)
+    assert str(caught.value).isprintable() and str(folder) in str(caught.value)
+    return str(caught.value)

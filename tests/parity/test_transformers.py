@@ -5,15 +5,16 @@ import shutil
 
 import hf_models
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 import torch_side
 from transformers import AutoTokenizer
-from transformers.integrations.bitnet import AutoBitLinear, BitLinear
+from transformers.integrations.bitnet import AutoBitLinear, BitLinear, WeightQuant
 
-from bitnet_jax import hf
+from bitnet_jax import hf, quant
 from bitnet_jax.config import Hyper
 from bitnet_jax.model import Transformer
 
@@ -74,9 +75,7 @@ def test_master_weights_train_there_with_our_gradients(simple, tokenizer, tmp_pa
 
     def loss(params):
         logits_BLV = Transformer(cfg.model).apply({"params": params}, tokens_BL, Hyper())
-        return hf_models.loss.next_token_loss(
-            logits_BLV[:, :-1], tokens_BL[:, 1:], np.ones(tokens_BL[:, 1:].shape, np.float32)
-        )
+        return hf_models.loss.cross_entropy(logits_BLV[:, :-1], hf_models.next_tokens(tokens_BL))
 
     ours = jax.jit(jax.grad(loss))(params)
     for layer, ours_IO in (
@@ -134,3 +133,82 @@ def test_scales_are_values_for_autobitlinear_and_inverses_for_bitlinear(
     values = hf.load(folder)[1]["block_0"]["ffn"]["down"]["scale"]
     latents = params["block_0"]["ffn"]["down"]["kernel"]
     np.testing.assert_allclose(values, np.abs(latents).mean(), rtol=1e-6)
+
+
+def rewritten(folder, settings=None, **tensors):
+    """The folder with other fields of config.json and other tensors."""
+    hf_models.edit_json(folder / "config.json", **settings or {})
+    stored = hf_models.tensors_of(folder) | {k.replace("/", "."): w for k, w in tensors.items()}
+    hf_models.write_tensors(folder, stored)
+    return folder
+
+
+def both_logits(folder, tokens_BL):
+    """Logits of the folder, ours and theirs."""
+    theirs_BLV = torch_side.expected(folder, tokens_BL)["logits"]
+    return hf_models.logits(*hf.load(folder)[:2], tokens_BL), theirs_BLV
+
+
+def test_codes_stored_as_floats_are_what_transformers_makes_of_them(simple, tokenizer, tmp_path):
+    """Offline, a weight of full size is taken as it is; its scale multiplies the output."""
+    folder = exported(tmp_path / "out", simple, tokenizer, packed=True)
+    packed = {k: w for k, w in hf_models.tensors_of(folder).items() if w.dtype == np.uint8}
+    floats = {k: np.float32(quant.unpack_ternary(w.T)).T for k, w in packed.items()}
+    ours_BLV, theirs_BLV = both_logits(rewritten(folder, **floats), simple[2])
+    np.testing.assert_allclose(ours_BLV, theirs_BLV, rtol=0, atol=1e-4)
+
+
+def test_online_transformers_quantises_three_valued_matrices_again(simple, tokenizer, tmp_path):
+    """Here they keep their scale, so the logits are those of the packed folder, not theirs."""
+    folder = exported(tmp_path / "out", simple, tokenizer)
+    kernels = {k: w for k, w in hf_models.tensors_of(folder).items() if "_proj" in k}
+    ternary = {k: np.asarray(quant.quantize_weight(w, 1.0, np.float32)) for k, w in kernels.items()}
+    before_BLV = hf_models.logits(*simple)
+    ours_BLV, theirs_BLV = both_logits(rewritten(folder, **ternary), simple[2])
+    np.testing.assert_allclose(ours_BLV, before_BLV, rtol=0, atol=1e-4)
+    layer = torch_side.load(folder).model.layers[0].mlp.down_proj
+    again = WeightQuant.apply(layer.weight).abs().max()
+    assert again < 0.8 * layer.weight.abs().max()
+    assert np.abs(theirs_BLV - before_BLV).max() > 0.01
+
+
+def test_padding_rows_have_logits_there_too(simple, tokenizer, tmp_path):
+    folder = exported(tmp_path / "out", simple, tokenizer)
+    rng = np.random.default_rng(0)
+    rows = {
+        key: np.concatenate([w, rng.normal(0, 0.3, (24, w.shape[1])).astype(np.float32)])
+        for key, w in hf_models.tensors_of(folder).items()
+        if key in ("lm_head.weight", "model.embed_tokens.weight")
+    }
+    folder = rewritten(folder, {"vocab_size": hf_models.V + 24}, **rows)
+    ours_BLV, theirs_BLV = both_logits(folder, simple[2])
+    assert ours_BLV.shape[-1] == hf_models.V + 24
+    np.testing.assert_allclose(ours_BLV, theirs_BLV, rtol=0, atol=1e-4)
+
+
+def test_the_head_is_quantised_there_when_a_list_of_exceptions_leaves_it_out(
+    simple, tokenizer, tmp_path
+):
+    """Which is why such a list is refused here, and null or a list with the head is not."""
+    folder = exported(tmp_path / "out", simple, tokenizer)
+    quantised = json.loads((folder / "config.json").read_text())["quantization_config"]
+    for names, is_quantised in (([], True), (["lm_head"], False), (None, False)):
+        changed = quantised | {"modules_to_not_convert": names}
+        rewritten(folder, {"quantization_config": changed})
+        assert isinstance(torch_side.load(folder).lm_head, AutoBitLinear) == is_quantised
+        if is_quantised:
+            assert "lm_head is not named" in hf_models.message(folder)
+        else:
+            hf.load(folder)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_half_precision_weights_are_the_same_model(simple, tokenizer, tmp_path, stored):
+    """transformers, told to compute in float32, as we do for float16."""
+    folder = exported(tmp_path / "out", simple, tokenizer)
+    dtype = np.float16 if stored == "float16" else ml_dtypes.bfloat16
+    halves = {key: w.astype(dtype) for key, w in hf_models.tensors_of(folder).items()}
+    ours_BLV, theirs_BLV = both_logits(rewritten(folder, **halves), simple[2])
+    close = np.isclose(ours_BLV, theirs_BLV, rtol=0, atol=1e-4)
+    assert close.all(axis=-1).mean() > 0.5  # rounding moves a few positions over a code's edge
+    assert np.abs(ours_BLV - theirs_BLV).max() < 0.2
