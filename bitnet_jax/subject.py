@@ -74,6 +74,7 @@ class Subject:
 
 
 def arrays(hyper: Hyper) -> Hyper:
+    """The numbers as float32 scalars."""
     return jax.tree.map(jnp.float32, hyper)
 
 
@@ -110,7 +111,8 @@ def served(program: Program, steps: int) -> Batch:
 
 def rms(leaves) -> float:
     """Root mean square over arrays."""
-    return float(optax.tree.norm(leaves)) / np.sqrt(sum(x.size for x in jax.tree.leaves(leaves)))
+    size = sum(x.size for x in jax.tree.leaves(leaves))
+    return float(optax.tree.norm(leaves)) / size**0.5
 
 
 def codes_by_path(params) -> dict[str, np.ndarray]:
@@ -127,6 +129,27 @@ def codes_by_path(params) -> dict[str, np.ndarray]:
 
 def _codes(w):
     return quant.weight_codes(w, quant.weight_scale(w)).astype(jnp.int8)
+
+
+def weight_faults(params) -> dict[str, list[str]]:
+    """Parameters that no trained model has, by what is wrong with them, the worst first.
+
+    Values that are not finite (a packed scale among them), ternary matrices with one code only,
+    packed scales of 0. Empty where nothing is wrong.
+    """
+    named = {optim.path_name(path): np.asarray(w) for path, w in jax.tree.leaves_with_path(params)}
+    faults = {
+        "values that are not finite": [
+            name for name, w in named.items() if w.dtype.kind == "f" and not np.isfinite(w).all()
+        ],
+        "one code only": [
+            layer for layer, q in codes_by_path(params).items() if q.min() == q.max()
+        ],
+        "scale 0": [
+            name for name, w in named.items() if w.ndim == 0 and name.endswith("/scale") and w == 0
+        ],
+    }
+    return {fault: names for fault, names in faults.items() if names}
 
 
 # ----------------------------------------------------------------------------- where it comes from

@@ -214,7 +214,7 @@ def logit_gain(s: Subject) -> float:
     z_BLV = s.logits(s.held_out.inputs, train.at_step(s.peak, 0), params)
     spread = float(jnp.mean(jnp.std(z_BLV, axis=-1)))
     matrix = params["head"] if "head" in params else params["embed"]
-    return spread / (rms(matrix) * np.sqrt(s.program.cfg.model.d_model))
+    return spread / (rms(matrix) * s.program.cfg.model.d_model**0.5)
 
 
 def displacement(s: Subject) -> dict:
