@@ -4,5 +4,6 @@ Data flows one way; a module imports only from those before it:
 
 config -> presets -> metrics -> tokenizer -> corpus -> data -> reference -> quant -> model
 -> collapse -> loss -> optim -> shrink -> sharding -> train -> checkpoint -> hf
--> program -> generate -> triage -> log -> charts -> report -> run
+-> program -> restore -> generate -> subject -> updates -> audit -> signatures -> causes
+-> checks -> inspection -> log -> charts -> report -> run
 """

@@ -10,13 +10,13 @@ course       of a run's log: evaluations with fewer than SEVERE distinct predict
 
 import functools
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import audit, checkpoint, log, optim, quant, restore, signatures
+from bitnet_jax import audit, checkpoint, optim, quant, restore, signatures
 from bitnet_jax.subject import Subject, fixed, logits, open_source, weight_faults
 
 TOP = 10  # tokens shown of each list
@@ -216,7 +216,7 @@ def predictions(s: Subject) -> dict:
     }
 
 
-def course(rows: list[dict]) -> dict | None:
+def course(rows: Sequence[dict]) -> dict | None:
     """Evaluations after step 0 of one replicate, oldest first: how many are severe, the first
     severe and the first complete one; None without any."""
     counts = [(row["step"], row["collapse/unique_tokens"]) for row in rows if row["step"]]
@@ -270,27 +270,31 @@ def _some(names: list[str], total: int) -> str:
     )
 
 
-def _run_of(source: str, s: Subject) -> tuple[dict | None, int | None, dict | None]:
-    """Parameters and step of the kept checkpoint before, and the course of the log, of a run."""
+def _earlier(source: str, s: Subject) -> tuple[dict | None, int | None]:
+    """Parameters and step of the kept checkpoint before a run's step, None where there is none."""
+    if s.state is None:
+        return None, None
     workdir, _, index = restore.checkpoint_place(source)
     earlier = [kept for kept in checkpoint.kept_steps(workdir) if kept < s.step]
-    before = restore.load_replicate(workdir, earlier[-1], index or 0)[2].params if earlier else None
-    rows = log.read_rows(Path(workdir) / "metrics.jsonl")
-    mine = [r for r in rows if r["kind"] == "eval" and r["replicate"] == (index or 0)]
-    return before, earlier[-1] if earlier else None, course(mine)
+    if not earlier:
+        return None, None
+    return restore.load_replicate(workdir, earlier[-1], index or 0)[2].params, earlier[-1]
 
 
-def inspect(source: str, text: str | None = None) -> dict:
-    """Weights, predictions and course of a SOURCE, and `observations`; raises UserError."""
+def inspect(source: str, text: str | None = None, rows: Sequence[dict] = ()) -> dict:
+    """Weights, predictions and course of a SOURCE, and `observations`; raises UserError.
+
+    `rows` are the evaluations of the replicate from its log, oldest first.
+    """
     s = open_source(source, text)
-    before, earlier, logged = _run_of(source, s) if s.state is not None else (None, None, None)
+    before, earlier = _earlier(source, s)
     replicate = s.program.replicates[0]
     found = {"source": source, "name": replicate.name, "seed": replicate.seed, "step": s.step}
     found |= {"weights": weights(s.params, float(s.hyper.weight_quant), before)}
     finite = not found["weights"]["faults"].get("values that are not finite")
     with jax.set_mesh(s.program.mesh), jax.default_matmul_precision("float32"):
         found["predictions"] = predictions(s) if finite else None
-    found |= {"previous_step": earlier, "course": logged}
+    found |= {"previous_step": earlier, "course": course(rows)}
     return found | {"observations": observations(found)}
 
 
