@@ -2,8 +2,8 @@
 
 The coupled recipe beside itself with one line changed, at one length; and the published recipe in
 its own layout, beside its twin in full precision, at three lengths. `learned`: a held-out loss
-below the unigram's beyond doubt, by use of the context. The amount of coupled decay is not among the
-lines: `shrink_law` varies it.
+below the unigram's beyond doubt, by use of the context. The amount of coupled decay is not among
+the lines: `shrink_law` varies it.
 
     python -m experiments.end_collapse                 # 20 min on 2 cores
     python -m experiments.end_collapse --preset report --seeds 0-4 --lengths 1
