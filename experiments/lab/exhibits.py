@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from bitnet_jax import charts, collapse
+from bitnet_jax import charts, verdict
 from bitnet_jax.metrics import (
     DISTINCT,
     ENTROPY,
@@ -112,7 +112,7 @@ class Exhibits:
                 points.setdefault(arm, {})[f"{steps} steps"] = point
         marks = [(p, df[p].iloc[0]) for p in PREDICTORS] if key == LOSS else []
         if key == MUTUAL_INFORMATION:
-            marks = [("context-blind", collapse.BLIND)]
+            marks = [("context-blind", verdict.BLIND)]
         svg = charts.dot_plot(
             list(points.items()), title=title or name, xlabel=unit(key), references=marks
         )

@@ -9,14 +9,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, config, data, log, restore
+from bitnet_jax import checkpoint, config, data, log, recorder, restore, verdict
 from bitnet_jax.config import UserError
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS, MUTUAL_INFORMATION, TRAIN_LOSS
 from experiments.lab.rows import without_folders
 
 CURVE_POINTS = 50
 CURVE_KEYS = (LOSS, DISTINCT, ENTROPY, LOGIT_STD, MUTUAL_INFORMATION)
-SEVERE = 3  # fewer distinct predictions are a severe collapse
+
+
+class RunFailed(Exception):
+    """A replicate met a number that is not finite, so a question lacks a row: one line."""
+
+    exit_status = 1
 
 
 class Finished:
@@ -75,8 +80,12 @@ class Finished:
     def rows(self, bases: list[dict], preset: str) -> list[dict]:
         """The rows of its replicates, without what a question measures.
 
-        Raises UserError when the log lacks evaluations.
+        Raises RunFailed for a replicate that failed, UserError when the log lacks evaluations.
         """
+        for rep, outcome in zip(self.replicates, self.summary["replicates"], strict=True):
+            if outcome["failed"]:
+                what = recorder.failure_text(outcome["failed"])
+                raise RunFailed(f"{self.workdir}: {rep.name}, seed {rep.seed}: {what}")
         return [self._row(i, base, preset) for i, base in enumerate(bases)]
 
     def _row(self, i: int, base: dict, preset: str) -> dict:
@@ -119,7 +128,7 @@ class Finished:
         return {
             "unique_stage1": float(np.mean([u for s, u in distinct.items() if s <= end])),
             "unique_stage2": float(np.mean([u for s, u in distinct.items() if s > end])),
-            "severe": sum(u < SEVERE for u in distinct.values()),
+            "severe": sum(u < verdict.SEVERE for u in distinct.values()),
             "evaluations": len(distinct),
             "train_loss": {
                 "min": min(losses),

@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bitnet_jax import collapse
-from bitnet_jax.metrics import LOSS, MUTUAL_INFORMATION
+from bitnet_jax import verdict
+from bitnet_jax.metrics import LOSS
 
 SEEDS = 3  # the fewest that an interval or a claim is made of
-MARGIN = 0.16  # nats: two standard errors of 512 positions, where a row has no standard error
 BLOCK = 20  # evaluations in a block of the bootstrap
 
 
@@ -129,18 +128,8 @@ def seeds(df: pd.DataFrame) -> int:
 
 
 def learned(rows: pd.DataFrame) -> pd.Series:
-    """Whether a run's loss is below the unigram's beyond doubt, by use of its context.
-
-    By two standard errors of the paired difference where the row has one, else by MARGIN.
-    """
-    below = rows[LOSS] < rows["unigram"] - MARGIN
-    context = rows[MUTUAL_INFORMATION] > collapse.BLIND
-    if "held_out/minus_unigram_se" in rows:
-        least = -2 * rows["held_out/minus_unigram_se"]
-        below = below.where(least.isna(), rows["held_out/minus_unigram"] < least)
-        large = rows["held_out/mutual_information"] > collapse.BLIND
-        context = context.where(least.isna(), large)
-    return below & context
+    """Whether each run knows more than word frequencies, beyond noise: `verdict.learned`."""
+    return rows.apply(lambda row: verdict.learned(row.dropna(), row["references"]), axis=1)
 
 
 def ended(df: pd.DataFrame, arm: str, steps: int | None = None) -> pd.Series:
