@@ -36,9 +36,9 @@ $(TORCH): $(STAMP)
 	$(PIP) torch==2.13.0 accelerate==1.15.0
 	touch $@
 
-# Every table and figure of the experiments, from their rows.
+# Every table, figure and claim of the experiments, from their rows.
 results: setup
-	$(RUN) -m experiments.report
+	$(RUN) -m experiments.lab.build
 
 lint: setup
 	$(VENV)/bin/ruff check .

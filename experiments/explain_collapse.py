@@ -1,29 +1,33 @@
-"""What collapses the report's run: which factor, and by how much more than any other?
+"""What collapses the coupled recipe: which factor, and by how much more than any other?
 
-Full factorial, the same batches and seeds in every arm: decay {coupled, decoupled} x weights and
+Full factorial, the same seeds and batches in every arm: decay {coupled, decoupled} x weights and
 activations {quantised, full precision} x decay on {everything, matrices} x stage-2 decay {0.05, 0}
 x peak learning rate {1.5e-3, 5e-4}; and the rivals, each alone on the decoupled recipe: a head that
 is never updated, a learning rate 100 times too low, a decay that is not multiplied by the learning
-rate. Three readings: every factor changed alone from the report's recipe; its main effect over all
-settings of the others; and which rival shows the report's signature (loss, entropy, and the number
-of weights above 1.1, which the report counted).
+rate. Two effects of a factor: changed alone from the coupled recipe, and averaged over all settings
+of the others. The amount of decay is not a factor here: `shrink_law` varies it.
 
-Expected: decoupling, or sparing the embedding and the head, each ends the collapse; quantisation,
-the stage-2 decay and the learning rate do not.
+    python -m experiments.explain_collapse             # 15 min on 2 cores
 
-    python -m experiments.explain_collapse --preset quick
-    python -m experiments.explain_collapse --preset report --seeds 0-4 --set data.tokenizer=gpt2 \
-        --set data.corpus=text:books.train.txt.xz --set data.validation=text:books.validation.txt.xz
+Goes when the critical amount of coupled decay explains the factors.
 """
 
 import itertools
 
-from bitnet_jax import charts
-from experiments import common, compare, page, stats, sweep
-from experiments.weight_bounds import THRESHOLD, count_large
+import jax
 
-NAME = "explain_collapse"
-# Each factor: the report's level first. A level is its name in an arm, and what it sets.
+from bitnet_jax import charts, optim
+from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS, MUTUAL_INFORMATION, metric
+from bitnet_jax.train import Seams
+from experiments.lab.arms import Arm
+from experiments.lab.claims import Claim
+from experiments.lab.exhibits import triple
+from experiments.lab.experiment import experiment
+from experiments.lab.measures import large_weights
+from experiments.lab.stats import difference, interval, mean, values
+from experiments.lab.studies import BOOKS, QUICK, SMALL
+
+# Each factor: the report's level first. A level is its name in an arm.
 FACTORS = {
     "decay enters": ("coupled", "decoupled"),
     "arithmetic": ("ternary", "full"),
@@ -31,190 +35,159 @@ FACTORS = {
     "stage-2 decay": ("0.05", "0"),
     "peak rate": ("1.5e-3", "5e-4"),
 }
-CHANGES = {  # what a factor's second level is, in words
-    "decay enters": "decoupling the decay",
-    "arithmetic": "full precision instead of ternary",
-    "decay on": "decay on matrices only",
-    "stage-2 decay": "no decay in stage 2",
-    "peak rate": "a third of the learning rate",
-}
+NAMES = tuple(FACTORS)
 REPORT = tuple(levels[0] for levels in FACTORS.values())
 HEALTHY = ("decoupled", *REPORT[1:])
-RIVALS = {
-    "head frozen": {"head_lr": 0.0},
-    "rate 100x low": {"lr_peak": 1.5e-5, "lr_stage1_end": 1e-5, "lr_stage2_start": 1e-5,
-                      "lr_final": 1.5e-8},
-    "decay without rate": {"unscaled_1": 0.1, "unscaled_2": 0.05, "decoupled_1": 0.0,
-                           "decoupled_2": 0.0},
-}  # fmt: skip
-OUTCOMES = (
-    ("eval/loss", "held-out loss", "+.2f"),
-    ("collapse/entropy", "entropy", "+.2f"),
-    ("collapse/mutual_information", "context MI", "+.3f"),
-    ("collapse/logit_std", "logit std", "+.2f"),
-    ("collapse/unique_tokens", "distinct", "+.0f"),
-)
-LOSS = "eval/loss"
+RIVALS = ("head frozen", "rate 100x low", "decay without rate")
+RATES = {"lr_peak": 1.5e-3, "lr_stage1_end": 1e-3, "lr_stage2_start": 1e-3, "lr_final": 1.5e-6}
+OUTCOMES = (LOSS, ENTROPY, MUTUAL_INFORMATION, LOGIT_STD, DISTINCT)
 
 
-def arm_name(levels: tuple[str, ...]) -> str:
-    return ", ".join(levels)
-
-
-def make_arm(levels: tuple[str, ...]) -> sweep.Arm:
-    """The arm of one combination of levels."""
+def make_arm(levels: tuple[str, ...]) -> Arm:
     kind, arithmetic, target, decay_2, rate = levels
-    hyper = {
-        f"{kind}_1": 0.1,
-        f"{kind}_2": float(decay_2),
-        "decay_rest": float(target == "all"),
-        "weight_quant": float(arithmetic == "ternary"),
-        "act_quant": float(arithmetic == "ternary"),
-    }
-    share = float(rate) / 1.5e-3
-    rates = {"lr_peak": 1.5e-3, "lr_stage1_end": 1e-3, "lr_stage2_start": 1e-3, "lr_final": 1.5e-6}
-    recipe = "report" if kind == "coupled" else "report_decoupled"
-    return sweep.Arm(arm_name(levels), recipe, hyper | {k: v * share for k, v in rates.items()})
-
-
-ARMS = [make_arm(levels) for levels in itertools.product(*FACTORS.values())]
-ARMS += [sweep.Arm(name, "report_decoupled", hyper) for name, hyper in RIVALS.items()]
-
-
-def swapped(levels: tuple[str, ...], factor: int) -> tuple[str, ...]:
-    """`levels` with one factor at its other level."""
-    both = list(FACTORS.values())[factor]
-    other = both[1 - both.index(levels[factor])]
-    return (*levels[:factor], other, *levels[factor + 1 :])
-
-
-def alone(rows: list[dict], factor: int, key: str) -> stats.Interval:
-    """Paired effect of changing one factor, and nothing else, from the report's recipe."""
-    return compare.difference(rows, arm_name(swapped(REPORT, factor)), arm_name(REPORT), key)
-
-
-def main_effect(rows: list[dict], factor: int, key: str) -> stats.Interval:
-    """Effect of a factor averaged over all settings of the others: one number per seed."""
-    per_seed: dict[int, list[float]] = {}
-    for levels in itertools.product(*FACTORS.values()):
-        if levels[factor] != REPORT[factor]:
-            continue
-        other = compare.values(rows, arm_name(swapped(levels, factor)), key)
-        for seed, value in compare.values(rows, arm_name(levels), key).items():
-            per_seed.setdefault(seed, []).append(other[seed] - value)
-    return stats.interval(sum(changes) / len(changes) for changes in per_seed.values())
-
-
-def ending(rows: list[dict]) -> list[str]:
-    """Factors whose change alone brings the report's recipe below the unigram's loss everywhere."""
-    unigram = rows[0]["references"]["unigram"]["loss"]
-    return [
-        name
-        for i, name in enumerate(FACTORS)
-        if max(compare.values(rows, arm_name(swapped(REPORT, i)), LOSS).values()) < unigram
-    ]
-
-
-def analyse(rows: list[dict]) -> page.Study:
-    """Effects of the factors, and the rivals beside the report's recipe."""
-    n, names = compare.n_seeds(rows), list(FACTORS)
-    unigram = rows[0]["references"]["unigram"]["loss"]
-    single = {name: alone(rows, i, LOSS) for i, name in enumerate(names)}
-    spread = {name: main_effect(rows, i, LOSS) for i, name in enumerate(names)}
-    found = ending(rows)
-    baseline = stats.interval(compare.values(rows, arm_name(REPORT), LOSS).values())
-
-    def told(effects, chosen):
-        return ", ".join(f"{CHANGES[k]} ({stats.effect_text(effects[k])})" for k in chosen)
-
-    ranked = sorted(names, key=lambda name: spread[name].mean)
-    result = (
-        f"held-out loss of the report's recipe {baseline.text()}, unigram {unigram:.2f}; its "
-        f"change by one factor alone: {told(single, names)}; averaged over all settings of the "
-        f"others: {told(spread, ranked)}"
+    quantised = float(arithmetic == "ternary")
+    return Arm(
+        ", ".join(levels),
+        kind,
+        decay_rest=float(target == "all"),
+        weight_quant=quantised,
+        act_quant=quantised,
+        **{f"{kind}_1": 0.1, f"{kind}_2": float(decay_2)},
+        **{name: value * float(rate) / RATES["lr_peak"] for name, value in RATES.items()},
     )
-    rest = [name for name in names if name not in found]
-    if not found:
-        conclusion = (
-            f"no single change brings the report's recipe below the unigram's loss in all {n} "
-            f"seeds: {told(single, names)}"
+
+
+def faulty_optimizer(cfg, run, hyper, groups) -> optim.Optimizer:
+    """The standard one with two faults by `extra`: a share of the head's update that is dropped
+    (`head_frozen`), and a decay of every parameter that no learning rate multiplies (`unscaled_1`
+    in stage 1, `unscaled_2`)."""
+    sound, extra = optim.make_optimizer(cfg, run, hyper, groups), hyper.extra
+
+    def update(grads, state, params, **more):
+        updates, state = sound.update(grads, state, params, **more)
+        n = state["lr"].count
+        decay = optim.by_stage(n, run, extra["unscaled_1"], extra["unscaled_2"])
+        left = {"head": 1.0 - extra["head_frozen"]}
+        faulty = jax.tree.map(
+            lambda group, u, w: left.get(group, 1.0) * u - decay * w, groups, updates, params
         )
-    else:
-        which = "each alone ends" if len(found) > 1 else "one change alone ends"
-        conclusion = f"{which} the collapse in all {n} seeds: {told(single, found)}"
-        if rest:
-            conclusion += f"; none of these does: {told(single, rest)}"
-    return page.Study(
-        arms="2^5 factorial and three rivals",
-        n=n,
-        result=result,
-        conclusion=conclusion,
-        tables=[effect_table(rows), signature_table(rows), compare.arm_table(rows)],
-        figures=[(
-            "Effect on the held-out loss of each factor, with 95 % intervals over seeds.",
-            charts.dot_plot(
-                title="Effect of each factor",
-                rows=[
-                    (f"{name}: {FACTORS[name][0]} to {FACTORS[name][1]}", {
-                        "alone, from the report's recipe": _triple(single[name]),
-                        "averaged over the others": _triple(spread[name]),
-                    })
-                    for name in names
-                ],
-                references=[("no effect", 0.0)],
-                xlabel="change of held-out loss, nats",
-            ),
-        )],
-    )  # fmt: skip
+        return faulty, state
+
+    return optim.Optimizer(sound.init, update, sound.decay_part)
 
 
-def _triple(interval):
-    return interval.mean, interval.low, interval.high
+def rival(name: str, extra: dict, **numbers) -> Arm:
+    faults = {"head_frozen": 0.0, "unscaled_1": 0.0, "unscaled_2": 0.0}
+    return Arm(name, "decoupled", extra=faults | extra, seams=Seams(optimizer=faulty_optimizer),
+               **numbers)  # fmt: skip
 
 
-def effect_table(rows: list[dict]) -> page.Table:
-    """Both effects of every factor on every outcome."""
-    lines = []
-    for i, (name, (before, after)) in enumerate(FACTORS.items()):
-        for kind, effect in (("alone", alone), ("main effect", main_effect)):
-            told = []
-            for key, _, spec in OUTCOMES:
-                found = effect(rows, i, key)
-                told.append(found.text(spec) + ("" if found.effect else " (0)"))
-            lines.append([f"{name}: {before} to {after}, {kind}", *told])
-    note = (
-        f"Paired within n = {compare.n_seeds(rows)} seeds, 95 % t intervals; (0): no effect seen. "
-        "Alone: from the report's recipe. Main effect: averaged over the settings of the others."
+ARMS = (
+    *(make_arm(levels) for levels in itertools.product(*FACTORS.values())),
+    rival("head frozen", {"head_frozen": 1.0}),
+    rival("rate 100x low", {}, lr_peak=1.5e-5, lr_stage1_end=1e-5, lr_stage2_start=1e-5,
+          lr_final=1.5e-8),
+    rival("decay without rate", {"unscaled_1": 0.1, "unscaled_2": 0.05}, decoupled_1=0.0,
+          decoupled_2=0.0),
+)  # fmt: skip
+
+
+def measure(run) -> dict[str, list]:
+    return {"above_1.1": large_weights(run)}
+
+
+def swapped(levels: tuple[str, ...], factor: str) -> tuple[str, ...]:
+    """`levels` with one factor at its other level."""
+    at, both = NAMES.index(factor), FACTORS[factor]
+    return (*levels[:at], both[1 - both.index(levels[at])], *levels[at + 1 :])
+
+
+def alone(df, factor: str, key: str = LOSS):
+    """Paired effect of changing one factor, and nothing else, of the coupled recipe."""
+    return difference(df, ", ".join(swapped(REPORT, factor)), ", ".join(REPORT), key)
+
+
+def averaged(df, factor: str, key: str = LOSS):
+    """Effect of a factor averaged over all settings of the others: one number per seed."""
+    first = [x for x in itertools.product(*FACTORS.values()) if x[NAMES.index(factor)] in REPORT]
+    changes = [
+        values(df, ", ".join(swapped(levels, factor)), key) - values(df, ", ".join(levels), key)
+        for levels in first
+    ]
+    return interval(sum(changes) / len(changes))
+
+
+def interaction(df):
+    """How much more decoupling changes the loss of the ternary than of the full-precision model."""
+    full = swapped(REPORT, "arithmetic")
+    ternary, dense = (
+        values(df, ", ".join(swapped(x, "decay enters")), LOSS) - values(df, ", ".join(x), LOSS)
+        for x in (REPORT, full)
     )
-    return page.Table("Effects", ["change", *(o[1] for o in OUTCOMES)], lines, note)
+    return interval(ternary - dense)
 
 
-def signature_table(rows: list[dict]) -> page.Table:
-    """The report's recipe, the same decoupled, and the rivals, in the numbers that tell them."""
+def large(df, arm: str) -> float:
+    return mean(df, arm, "above_1.1/all").mean
+
+
+def most(df) -> bool:
+    """Whether decoupling lowers the loss by more than any other factor, both ways of counting."""
+    return all(
+        effect(df, "decay enters").high < min(effect(df, f).low for f in NAMES[1:])
+        for effect in (alone, averaged)
+    )
+
+
+CLAIMS = (
+    Claim(
+        "most",
+        "of five factors, decoupling the decay lowers the loss by most, alone and on average",
+        most,
+        *(BOOKS, QUICK),
+    ),
+    Claim(
+        "others",
+        "sparing embedding and head, no stage-2 decay and full precision each lower the loss, too",
+        lambda df: all(alone(df, f).below for f in ("decay on", "stage-2 decay", "arithmetic")),
+        *(BOOKS, QUICK),
+    ),
+    Claim(
+        "amplified",
+        "ternary weights amplify the harm of coupling, by more than 0.1 nats",
+        lambda df: interaction(df).high < -0.1,
+        *(BOOKS, QUICK),
+    ),
+    Claim(
+        "rivals",
+        "each rival fault leaves another number of weights above 1.1, by a quarter or more",
+        lambda df: all(abs(large(df, r) / large(df, ", ".join(REPORT)) - 1) > 0.25 for r in RIVALS),
+        *(BOOKS, QUICK),
+    ),
+)
+
+
+def show(df, exhibits) -> None:
     lines = []
-    for label, arm in (
-        ("the report's recipe", arm_name(REPORT)),
-        ("the same, decoupled", arm_name(HEALTHY)),
-        *((name, name) for name in RIVALS),
-    ):
-        members = [row for row in rows if row["arm"] == arm]
-        told = [
-            stats.interval(row["final"][key] for row in members).text(spec.lstrip("+"))
-            for key, _, spec in OUTCOMES
-        ]
-        counted = stats.interval(row["above_1.1"]["all"] for row in members).text(",.0f")
-        lines.append([label, *told, counted, compare.verdicts(members)])
-    predicted = next(r["above_1.1"]["predicted"] for r in rows if r["arm"] == arm_name(REPORT))
-    note = f"Predicted for weights that receive nothing but coupled decay: {predicted:,.0f}."
-    columns = ["arm", *(o[1] for o in OUTCOMES), f"|w| > {THRESHOLD}", "verdicts"]
-    return page.Table("Rivals", columns, lines, note)
-
-
-def body(request: common.Request) -> None:
-    rows = sweep.train_arms(NAME, request, ARMS, extra=count_large)
-    rows = [{k: v for k, v in row.items() if k != "curve"} for row in rows]  # of 35 arms
-    common.conclude(NAME, __doc__, request.workdir, rows, analyse)
+    for factor, (before, after) in FACTORS.items():
+        for kind, effect in (("alone", alone), ("averaged", averaged)):
+            cells = []
+            for key in OUTCOMES:
+                found = effect(df, factor, key)
+                told = found.text("+" + metric(key).format)
+                cells.append(told if found.effect else f"{told} (0)")
+            lines.append([f"{factor}: {before} to {after}, {kind}", *cells])
+    exhibits.grid("Effects", ["change", *(metric(key).title for key in OUTCOMES)], lines)
+    shown = df[df["arm"].isin([", ".join(REPORT), ", ".join(HEALTHY), *RIVALS])]
+    exhibits.table(shown, (*OUTCOMES, ("above_1.1/all", "|w| > 1.1", ",.0f")), title="Rivals")
+    exhibits.table(df)
+    dots = [
+        (f, {"alone": triple(alone(df, f)), "averaged": triple(averaged(df, f))}) for f in NAMES
+    ]
+    svg = charts.dot_plot(dots, title="Effect of each factor", references=[("none", 0.0)],
+                          xlabel="change of held-out loss, nats")  # fmt: skip
+    exhibits.drawing(svg, "95 % intervals over seeds.")
 
 
 if __name__ == "__main__":
-    common.main(__doc__, NAME, "quick", body, seeds="0-2", quick=common.SMALL, sweep=True)
+    experiment(__doc__, ARMS, measure, CLAIMS, show, seeds="0-2", quick=SMALL)

@@ -1,0 +1,1 @@
+"""The frame of the questions: arms, rows, statistics, claims, exhibits."""

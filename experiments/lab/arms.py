@@ -1,0 +1,251 @@
+"""Arms times seeds as replicates of one compiled program (one per shape), resumable by group."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from bitnet_jax import config, data, log, presets, program, run, train
+from bitnet_jax.config import Config, Replicate, UserError, check_known
+from bitnet_jax.train import STANDARD, Seams
+from experiments.lab import rows
+from experiments.lab.finished import Finished
+
+MEMORY = {"cpu": 6 << 30, "gpu": 64 << 30, "tpu": 12 << 30}  # for the replicates of one program
+
+
+class Arm:
+    """One setting of a question: a recipe, numbers and fields that it changes, seams that it uses.
+
+    `numbers` are those of `Hyper`, `extra` those of `Hyper.extra`, `fields` static ones by
+    `section.field` (each distinct set compiles a program). A value may be a function of the
+    configuration at the arm's length: `quant_warmup_steps=lambda cfg: cfg.run.steps // 5`.
+    `lengths` are the multiples of run.steps at which it is trained; empty: all of the request's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        recipe: str = "coupled",
+        *,
+        fields: dict | None = None,
+        extra: dict[str, float] | None = None,
+        seams: Seams = STANDARD,
+        lengths: tuple[int, ...] = (),
+        **numbers,
+    ):
+        check_known(recipe, presets.RECIPES, f"recipe of arm {name}:")
+        for number in numbers:
+            check_known(number, config.HYPER_FIELDS, f"number of arm {name}:")
+        self.name, self.recipe, self.seams, self.lengths = name, recipe, seams, lengths
+        self.fields, self.extra, self.numbers = fields or {}, extra or {}, numbers
+
+    def __repr__(self):
+        return f"Arm({self.name!r})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked of a question."""
+
+    name: str  # of the question
+    preset: str
+    cfg: Config  # before any arm's changes
+    hyper: dict[str, float]  # numbers that --set gave to every arm
+    seeds: list[int]
+    workdir: Path  # the folder of the groups' workdirs and of the page
+    lengths: tuple[int, ...] = (1,)  # multiples of run.steps
+    only: tuple[str, ...] = ()  # parts of the names of the arms to train; empty: all
+    recipes: tuple[str, ...] = ()  # of the arms to train; empty: all
+    assigned: tuple[str, ...] = ()  # fields that --set gave
+    at_once: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Replicates that one program trains; `bases` is what each one's arm changed, as it was."""
+
+    cfg: Config
+    replicates: list[Replicate]
+    bases: list[dict]
+    seams: Seams = STANDARD
+
+
+Measure = Callable[
+    [Finished], dict[str, list]
+]  # name -> one value (a number, dict, ...) per replicate
+
+
+def train_arms(
+    request: Request, arms: list[Arm], measure: Measure | None = None, *, keep: bool = False
+) -> list[dict]:
+    """Train every chosen arm at every length from every seed; rows in that order.
+
+    A repeated command goes on where it was stopped and repeats no finished group. Checkpoints of a
+    finished group are removed unless kept.
+    """
+    found = {}
+    for group in groups(request, arms):
+        for row in train_group(request, group, measure, keep=keep):
+            found[rows.place(row)[1:]] = row
+    names = {arm.name: i for i, arm in enumerate(arms)}
+    return sorted(
+        found.values(), key=lambda row: (names[row["arm"]], rows.place(row)[3], row["seed"])
+    )
+
+
+def train_group(
+    request: Request,
+    group: Group,
+    measure: Measure | None = None,
+    *,
+    keep: bool = False,
+    prepare: Callable[[Path], None] = lambda workdir: None,
+) -> list[dict]:
+    """Train one group in a workdir of its own and return its rows.
+
+    `prepare` is called with the workdir before the run starts or resumes.
+    """
+    workdir = place(request, group)
+    finished = workdir / "rows.json"
+    if not finished.exists():
+        print(f"{request.name}: {', '.join(dict.fromkeys(rep.name for rep in group.replicates))}")
+        prepare(workdir)
+        run.run(group.cfg, group.replicates, workdir, resume=True, seams=group.seams)
+        done = Finished(workdir)
+        made = done.rows(group.bases, request.preset)
+        measured = measure(done) if measure else {}
+        for name, values in measured.items():
+            for row, value in zip(made, values, strict=True):
+                row["extra"][name] = value
+        log.write_json(finished, made)
+        if not keep:
+            shutil.rmtree(workdir / "checkpoints")
+    return json.loads(finished.read_text())
+
+
+def place(request: Request, group: Group) -> Path:
+    """The workdir of a group."""
+    return request.workdir / config.run_id(request.name, group.cfg, group.replicates)
+
+
+def groups(request: Request, arms: list[Arm]) -> list[Group]:
+    """The chosen arms at every length, as programs that fit the memory; raises UserError."""
+    wanted = chosen(request, arms)
+    check_free(request, wanted)
+    shapes: dict[tuple, list[tuple[Replicate, dict, tuple[str, ...]]]] = {}
+    for arm in wanted:
+        for length in request.lengths:
+            if not arm.lengths or length in arm.lengths:
+                cfg, made, base = replicates(request, arm, length)
+                recipes, run_ = cfg.run.recipes, dataclasses.replace(cfg.run, recipes=("any",))
+                shape = dataclasses.replace(cfg, run=run_), arm.seams
+                shapes.setdefault(shape, []).extend((rep, base, recipes) for rep in made)
+    found = []
+    for (cfg, seams), parts in shapes.items():
+        most = request.at_once or _at_once(cfg, parts[0][0])
+        for start in range(0, len(parts), most):
+            made, bases, recipes = zip(*parts[start : start + most], strict=True)
+            names = tuple(dict.fromkeys(name for names in recipes for name in names))
+            run_ = dataclasses.replace(cfg.run, recipes=names)
+            cfg_ = dataclasses.replace(cfg, run=run_)
+            found.append(Group(cfg_, with_same_extra(made), list(bases), seams))
+    return found
+
+
+def replicates(request: Request, arm: Arm, length: int) -> tuple[Config, list[Replicate], dict]:
+    """Configuration and replicates of an arm at a length, and what it changed, as it was."""
+    cfg = _with(request.cfg, {"run.steps": length * request.cfg.run.steps})
+    cfg = _with(cfg, {"run.recipes": (arm.recipe,)})
+    before = {path: _at(cfg, path) for path in arm.fields}
+    with _named(arm.name):
+        cfg_ = _with(cfg, {path: _value(value, cfg) for path, value in arm.fields.items()})
+        numbers = {name: float(_value(value, cfg)) for name, value in arm.numbers.items()}
+        made = presets.make_replicates(cfg_, request.seeds, request.hyper | numbers)
+    extra = {name: float(_value(value, cfg)) for name, value in arm.extra.items()}
+    named = [
+        dataclasses.replace(rep, name=arm.name, hyper=rep.hyper.replace(extra=extra))
+        for rep in made
+    ]
+    return cfg_, named, before | {f"hyper.{name}": x for name, x in request.hyper.items()}
+
+
+def check_free(request: Request, arms: list[Arm]) -> None:
+    """Raise UserError when the user sets a number or a field that an arm sets, too."""
+    for arm in arms:
+        own = {*arm.fields, *(f"hyper.{name}" for name in arm.numbers)}
+        for path in request.assigned:
+            if path in own:
+                raise UserError(f"--set {path}: arm {arm.name!r} sets it itself")
+
+
+def chosen(request: Request, arms: list[Arm]) -> list[Arm]:
+    """The arms of the wanted recipes with a part of `only` in their names; raises UserError."""
+    found = [
+        arm
+        for arm in arms
+        if (not request.only or any(part in arm.name for part in request.only))
+        and (not request.recipes or arm.recipe in request.recipes)
+    ]
+    if not found:
+        wanted = f"--only {','.join(request.only)}" if request.only else ""
+        wanted += f" run.recipes={','.join(request.recipes)}" if request.recipes else ""
+        raise UserError(f"{wanted.strip()}: no such arm among {'; '.join(a.name for a in arms)}")
+    return found
+
+
+def with_same_extra(made: tuple[Replicate, ...]) -> list[Replicate]:
+    """Replicates of one program with the same names in `Hyper.extra`; 0 where an arm has none."""
+    names = sorted({name for rep in made for name in rep.hyper.extra})
+    return [
+        dataclasses.replace(
+            rep, hyper=rep.hyper.replace(extra={k: rep.hyper.extra.get(k, 0.0) for k in names})
+        )
+        for rep in made
+    ]
+
+
+def _value(value, cfg: Config):
+    return value(cfg) if callable(value) else value
+
+
+def _at(cfg: Config, path: str):
+    """The value of a `section.field`, as JSON has it; raises UserError for an unknown one."""
+    section, _, name = path.partition(".")
+    check_known(section, config.SECTIONS, "section of a field:")
+    value = dataclasses.asdict(getattr(cfg, section))
+    check_known(name, value, f"{section} field")
+    return list(value[name]) if isinstance(value[name], tuple) else value[name]
+
+
+def _with(cfg: Config, fields: dict) -> Config:
+    """A configuration with some `section.field` replaced."""
+    sections: dict[str, dict] = {}
+    for path, value in fields.items():
+        section, _, name = path.partition(".")
+        sections.setdefault(section, {})[name] = value
+    changed = {k: dataclasses.replace(getattr(cfg, k), **v) for k, v in sections.items()}
+    return dataclasses.replace(cfg, **changed)
+
+
+@contextlib.contextmanager
+def _named(arm: str):
+    """Say which arm a mistake belongs to."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"arm {arm}: {error}") from None
+
+
+def _at_once(cfg: Config, replicate: Replicate) -> int:
+    """How many replicates fit: parameters, gradients, two moments, updates; logits and softmax."""
+    vocab = data.load(cfg.data).tokenizer.vocab_size
+    cfg = program.resolve_vocab(cfg, vocab)
+    state = jax.eval_shape(lambda: train.init_state(cfg, replicate.hyper, 0))
+    n_params = sum(x.size for x in jax.tree.leaves(state.params))
+    logits = cfg.data.batch_size * cfg.data.seq_len * vocab
+    return max(1, MEMORY[jax.default_backend()] // (4 * (5 * n_params + 4 * logits)))
