@@ -104,15 +104,11 @@ def stats(
     def scored(x):
         return jnp.sum(x.reshape(n_rep, -1) * weights_RN, axis=1)
 
-    def counts(tokens_RN):
-        replicate_R1 = jnp.arange(n_rep)[:, None]
-        return jnp.zeros((n_rep, vocab)).at[replicate_R1, tokens_RN].add(1)
-
     return Stats(
         all_positions=jnp.full(n_rep, targets_RN.shape[1], jnp.float32),
         all_top1=jnp.sum(1 / total_RN, axis=1),
-        all_argmax=counts(argmax_RN),
-        all_targets=counts(targets_RN),
+        all_argmax=_counts(argmax_RN, vocab),
+        all_targets=_counts(targets_RN, vocab),
         positions=jnp.sum(weights_RN, axis=1),
         nats=scored(nats_RN),
         bytes=None if token_bytes_V is None else scored(jnp.asarray(token_bytes_V)[targets_RN]),
@@ -121,6 +117,12 @@ def stats(
         probs=jnp.einsum("rn,rnv->rv", weights_RN / total_RN, exp_PV.reshape(n_rep, -1, vocab)),
         **_window_sums(*(x.reshape(shape_RBL) for x in (nats_RN, weights_RN)), reference_nats_KBL),
     )
+
+
+def _counts(tokens_RN, vocab: int) -> jax.Array:
+    """How often each replicate has each token: [R, V]."""
+    n_rep = len(tokens_RN)
+    return jnp.zeros((n_rep, vocab)).at[jnp.arange(n_rep)[:, None], tokens_RN].add(1)
 
 
 def _window_sums(nats_RBL, weights_RBL, reference_nats_KBL) -> dict[str, jax.Array]:

@@ -206,6 +206,11 @@ class RunConfig:
     recipes: tuple[str, ...] = _field(
         ("coupled", "published"), "hyper-parameter sets, side by side"
     )
+    late_schedule: bool = _field(
+        False,
+        "schedules step after the optimiser, as in the report's code: update 1 has the peak rate "
+        "and no decay, update n the rate and decay of n - 1; warm-up takes 375 steps at any length",
+    )
     eval_every: int = _field(20, "steps between evaluations", within=COUNT, bookkeeping=True)
     save_every: int = _field(
         100, "steps between checkpoints; the last two are kept", within=COUNT, bookkeeping=True

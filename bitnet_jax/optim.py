@@ -61,20 +61,26 @@ def decay_table(params) -> list[str]:
 
 
 def learning_rate(hyper: Hyper, n: jax.Array, run: RunConfig) -> jax.Array:
-    """Learning rate of update n: warm-up, a line to the boundary, a line to the last step."""
+    """Learning rate of update n: warm-up, a line to the boundary, a line to the last step.
+
+    With `run.late_schedule` that of update n - 1, and the peak at update 1.
+    """
     half, last = run.boundary, run.steps
-    n = jnp.asarray(n, jnp.float32)
+    n = jnp.asarray(n, jnp.float32) - run.late_schedule
     warm = hyper.lr_peak * n / jnp.maximum(hyper.warmup_steps, 1.0)
     left = (half - n) / jnp.maximum(half - hyper.warmup_steps, 1.0)
     stage1 = hyper.lr_stage1_end + left * (hyper.lr_peak - hyper.lr_stage1_end)
     left = (last - n) / (last - half)
     stage2 = hyper.lr_final + left * (hyper.lr_stage2_start - hyper.lr_final)
-    return jnp.where(n <= hyper.warmup_steps, warm, jnp.where(n <= half, stage1, stage2))
+    rate = jnp.where(n <= hyper.warmup_steps, warm, jnp.where(n <= half, stage1, stage2))
+    return jnp.where(n == 0, hyper.lr_peak, rate) if run.late_schedule else rate
 
 
 def by_stage(n: jax.Array, run: RunConfig, stage1: jax.Array, stage2: jax.Array) -> jax.Array:
-    """The value that update n uses."""
-    return jnp.where(n <= run.boundary, stage1, stage2)
+    """The decay of update n; with `run.late_schedule` that of update n - 1, and 0 at update 1."""
+    n = n - run.late_schedule
+    decay = jnp.where(n <= run.boundary, stage1, stage2)
+    return jnp.where(n == 0, 0.0, decay) if run.late_schedule else decay
 
 
 def _decay(rate: Callable, rest: jax.Array, groups) -> optax.GradientTransformation:

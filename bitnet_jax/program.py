@@ -116,37 +116,9 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
     tokens = data.load(cfg.data)
     cfg = resolve_vocab(cfg, tokens.tokenizer.vocab_size)
     windows = data.train_windows(cfg.data, tokens)
-    held_out = data.held_out_windows(cfg.data, tokens)
-    small = data.small_block(cfg.data, held_out)
-    tracked = None
-    if cfg.data.track == "first_batch":
-        first = [data.window_ids(cfg.data, len(windows), rep.seed, 0, 1)[0] for rep in replicates]
-        tracked = windows.cut(np.stack(first))
-    predictors = reference.fit(tokens.train_N, cfg.model.vocab_size)
-
+    evals, references = evaluation(cfg, tokens, windows, [rep.seed for rep in replicates])
     mesh = sharding.make_mesh(len(replicates), cfg.data.batch_size)
     everywhere = sharding.replicated(mesh)
-    hyper = jax.device_put(config.stack_hypers(replicates), sharding.by_replicate(mesh))
-    large = data.large_block(cfg.data, held_out)
-    scores = predictors.score(large)
-    nats_NKBL = np.stack([scores.unigram_nats, scores.bigram_nats], axis=1, dtype=np.float32)
-    references = reference.references(predictors, small, tracked)
-    references["held_out"] = {
-        "positions": int(large.weights.sum()),
-        "unigram": {"loss": reference.scored_mean(scores.unigram_nats, large)},
-        "bigram": {"loss": reference.scored_mean(scores.bigram_nats, large)},
-    }
-    evals = train.EvalData(
-        small=small,
-        large=large,
-        large_nats_NKBL=nats_NKBL,
-        tracked=tracked,
-        unigram_V=predictors.unigram_V.astype(np.float32),
-        token_bytes_V=np.pad(
-            tokens.tokenizer.token_bytes_V.astype(np.float32),
-            (0, cfg.model.vocab_size - tokens.tokenizer.vocab_size),
-        ),
-    )
     on_device = cfg.data.gather == "device" or (
         cfg.data.gather == "auto" and tokens.train_N.nbytes <= DEVICE_BYTES
     )
@@ -157,8 +129,39 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
         tokens,
         references,
         mesh,
-        hyper,
+        jax.device_put(config.stack_hypers(replicates), sharding.by_replicate(mesh)),
         jax.device_put(evals, everywhere),
         windows,
         jax.device_put(np.asarray(tokens.train_N), everywhere) if on_device else None,
     )
+
+
+def evaluation(cfg: Config, tokens, windows: data.Windows, seeds: list[int]):
+    """What evaluations look at (a train.EvalData), and the predictors' scores there (JSON values).
+
+    `windows` are those of the training split; each seed tracks its own first batch of them.
+    """
+    held_out = data.held_out_windows(cfg.data, tokens)
+    small, large = data.small_block(cfg.data, held_out), data.large_block(cfg.data, held_out)
+    tracked = None
+    if cfg.data.track == "first_batch":
+        first = [data.window_ids(cfg.data, len(windows), seed, 0, 1)[0] for seed in seeds]
+        tracked = windows.cut(np.stack(first))
+    predictors = reference.fit(tokens.train_N, cfg.model.vocab_size)
+    scores = predictors.score(large)
+    references = reference.references(predictors, small, tracked)
+    references["held_out"] = {
+        "positions": int(large.weights.sum()),
+        "unigram": {"loss": reference.scored_mean(scores.unigram_nats, large)},
+        "bigram": {"loss": reference.scored_mean(scores.bigram_nats, large)},
+    }
+    nats_NKBL = np.stack([scores.unigram_nats, scores.bigram_nats], axis=1, dtype=np.float32)
+    evals = train.EvalData(
+        small=small,
+        large=large,
+        large_nats_NKBL=nats_NKBL,
+        tracked=tracked,
+        unigram_V=predictors.unigram_V.astype(np.float32),
+        token_bytes_V=tokens.tokenizer.token_bytes_V.astype(np.float32),
+    )
+    return evals, references

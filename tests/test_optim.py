@@ -264,6 +264,26 @@ def test_learning_rate_of_the_recipes_at_1000_steps(recipe, n, rate):
     assert float(found) == pytest.approx(rate, rel=1e-5, abs=1e-12)
 
 
+def test_a_late_schedule_is_that_of_the_update_before():
+    """Update 1 has the peak and no decay; stage 1 lasts one update longer, in rate and decay."""
+    run = RunConfig(steps=1000)
+    late, n = RunConfig(steps=1000, late_schedule=True), np.arange(1, 1001)
+    hyper = presets.RECIPES["coupled"](1000)
+    rates = np.asarray(optim.learning_rate(hyper, n, late))
+    assert rates[0] == np.float32(1.5e-3)
+    np.testing.assert_array_equal(rates[1:], optim.learning_rate(hyper, n[:-1], run))
+    decays = np.asarray(optim.by_stage(n, late, 0.1, 0.05))
+    np.testing.assert_array_equal(decays, np.float32([0] + [0.1] * 500 + [0.05] * 499))
+
+
+def test_a_late_schedule_warms_up_along_one_line_at_every_length():
+    for steps in (300, 1000, 20_000):
+        cfg, _ = presets.override(presets.preset("report"), [f"run.steps={steps}"])
+        (hyper, *_) = (rep.hyper for rep in presets.make_replicates(cfg, [0], {}))
+        rate = optim.learning_rate(hyper, np.array([2, 101, 300]), cfg.run)
+        np.testing.assert_allclose(rate, 1.5e-3 * np.array([1, 100, 299]) / 375, rtol=1e-6)
+
+
 def test_learning_rate_without_warmup_starts_at_the_peak():
     hyper = Hyper(warmup_steps=0.0, lr_peak=2.0, lr_stage1_end=1.0)
     rates = optim.learning_rate(hyper, np.arange(0, 11), RunConfig(steps=20))
