@@ -14,13 +14,17 @@ from scipy.special import entr, xlogy
 from bitnet_jax.data import Batch
 
 FIT_TOKENS = 50_000_000  # the predictors are fitted on at most this many tokens from the start
+COUNT_TOKENS = 1 << 22  # tokens counted at once
 CURVE_SCALES = tuple(i / 20 for i in range(25))
 CHUNK_ROWS = 64  # dense rows [V] of the bigram held at once
 
 
 def unigram_probs(tokens_N, vocab_size: int, alpha: float = 0.1) -> np.ndarray:
     """Add-alpha token frequencies, float64 [V]."""
-    counts_V = np.bincount(tokens_N, minlength=vocab_size) + alpha
+    counts_V = np.full(vocab_size, alpha)
+    for start in range(0, len(tokens_N), COUNT_TOKENS):
+        chunk_N = tokens_N[start : start + COUNT_TOKENS]
+        counts_V += np.bincount(chunk_N, minlength=vocab_size)
     return counts_V / counts_V.sum()
 
 
@@ -69,7 +73,7 @@ def scored_mean(values, batch: Batch) -> float:
 
 def fit(train_N, vocab_size: int) -> Predictors:
     """Fit the predictors on at most FIT_TOKENS tokens."""
-    fit_N = np.asarray(train_N[:FIT_TOKENS]).astype(np.int64)
+    fit_N = train_N[:FIT_TOKENS]
     return Predictors(unigram_probs(fit_N, vocab_size), bigram_counts(fit_N, vocab_size))
 
 
@@ -128,9 +132,14 @@ def unigram_curve(model_probs_V, target_counts_V, scales) -> dict[str, list[floa
 
 
 def bigram_counts(tokens_N, vocab_size: int) -> sparse.csr_array:
-    """How often token y follows token x, as sparse rows x: int64 [V, V]."""
-    pairs = (np.ones(len(tokens_N) - 1, np.int64), (tokens_N[:-1], tokens_N[1:]))
-    return sparse.coo_array(pairs, shape=(vocab_size, vocab_size)).tocsr()
+    """How often token y follows token x, as sparse rows x: int32 [V, V]."""
+    counts_VV = sparse.csr_array((vocab_size, vocab_size), dtype=np.int32)
+    for start in range(0, len(tokens_N) - 1, COUNT_TOKENS):
+        x_N = tokens_N[start : start + COUNT_TOKENS]
+        y_N = tokens_N[start + 1 : start + 1 + COUNT_TOKENS]
+        pairs = (np.ones(len(y_N), np.int32), (x_N[: len(y_N)], y_N))
+        counts_VV += sparse.coo_array(pairs, shape=counts_VV.shape).tocsr()
+    return counts_VV
 
 
 def bigram_rows(counts_VV: sparse.csr_array, unigram_V, contexts_C) -> np.ndarray:
