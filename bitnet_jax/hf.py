@@ -84,20 +84,16 @@ def export(
 
 
 def _json_files(cfg: Config, tokenizer: Tokenizer, form: str) -> dict[str, dict]:
-    end = tokenizer.end_of_text
-    text = tokenizer.backend.id_to_token(end)
-    return {
-        "config.json": hf_config.settings_of(cfg, end, form),
-        "generation_config.json": {f"{name}_token_id": end for name in ("bos", "eos", "pad")},
-        "tokenizer.json": json.loads(tokenizer.backend.to_str()),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": text,
-            "eos_token": text,
-            "model_max_length": cfg.data.seq_len,
-            "clean_up_tokenization_spaces": False,
-        },
+    """The tokenizer as it saves itself, its tokens of begin and end, and the configuration."""
+    first, *others = tokenizer.ends
+    ids = {
+        "bos_token_id": tokenizer.begin[0] if tokenizer.begin else first,
+        "eos_token_id": [first, *others] if others else first,
     }
+    files = tokenizer.files()
+    files["tokenizer_config.json"]["model_max_length"] = cfg.data.seq_len
+    files["generation_config.json"] = ids | {"pad_token_id": first}
+    return files | {"config.json": hf_config.settings_of(cfg, ids, form)}
 
 
 def _check_expressible(model, hyper, tokenizer, packed) -> None:

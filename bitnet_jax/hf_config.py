@@ -107,8 +107,8 @@ def trained_length(folder: Path, settings: dict) -> int:
     return _whole(folder, settings, "max_position_embeddings", smallest=2, default=2048)
 
 
-def settings_of(cfg: Config, end_of_text: int, form: str) -> dict:
-    """config.json of a folder of `cfg`."""
+def settings_of(cfg: Config, token_ids: dict, form: str) -> dict:
+    """config.json of a folder of `cfg`; `token_ids` as transformers names them."""
     model = cfg.model
     quantised = {"quant_method": "bitnet"} | FORMS.get(form, {})
     return {
@@ -123,8 +123,7 @@ def settings_of(cfg: Config, end_of_text: int, form: str) -> dict:
         "tie_word_embeddings": model.tied_embedding,
         "attention_bias": False,
         "initializer_range": 0.02,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        **token_ids,
         # Whatever model.dtype is: latents that are rounded to bfloat16 give other codes.
         "torch_dtype": "float32",
     } | ({} if form == "dense" else {"quantization_config": quantised})

@@ -183,8 +183,9 @@ def continuations(program: Program, state: TrainState) -> list[dict]:
         seed=0,
         end_of_text=end,
     )
-    greedy_RBN = jax.device_get(decode(sampling=generate.Sampling()))
-    sampled_RBN = jax.device_get(decode(sampling=generate.Sampling(temperature=1.0)))
+    greedy = generate.Sampling(n_tokens=tokenizer.vocab_size)
+    greedy_RBN = jax.device_get(decode(sampling=greedy))
+    sampled_RBN = jax.device_get(decode(sampling=greedy.replace(temperature=1.0)))
     entries = []
     for i in range(len(program.replicates)):
         kinds = {

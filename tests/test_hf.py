@@ -59,7 +59,7 @@ def test_logits_loss_and_greedy_text_are_those_of_transformers(folder):
 
 
 @pytest.mark.parametrize("folder", sorted(GOLDEN.iterdir()), ids=lambda path: path.name)
-def test_what_is_read_is_written_again_byte_for_byte(folder, tmp_path):
+def test_what_is_read_is_written_again(folder, tmp_path):
     """Master weights bitwise, and codes that are not quantised a second time."""
     cfg, params, tok = hf.load(folder)
     packed = cfg.model.weight_format == "packed"
@@ -68,7 +68,10 @@ def test_what_is_read_is_written_again_byte_for_byte(folder, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {path.name for path in folder.iterdir()} - {"expected.npz"}
     for name in names:
-        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes(), name
+        written, read = ((place / name).read_bytes() for place in (tmp_path / "out", folder))
+        if name.endswith(".json"):  # the order of fields is of no account
+            written, read = json.loads(written), json.loads(read)
+        assert written == read, name
     again = hf.load(tmp_path / "out")
     assert again[0].model == cfg.model and same(again[1], params) and again[2].key == tok.key
 

@@ -1,5 +1,6 @@
 """Numbers in Hugging Face folders: refused, kept as the codes that they are, or warned of."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from hf_models import (
     write_tensors,
 )
 
-from bitnet_jax import generate, hf, hf_files, presets, program, quant, restore
+from bitnet_jax import config, generate, hf, hf_files, presets, program, quant, restore
+from bitnet_jax.cli import convert
 from bitnet_jax.config import Config, Hyper, UserError
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -303,3 +305,39 @@ def test_a_model_card_tells_the_facts_that_are_known(tmp_path):
     assert hf.load(tmp_path / "out")[0] == Config(
         cfg.model, replace(cfg.data, tokenizer=f"hf:{tmp_path / 'out'}")
     )
+
+
+def test_the_card_of_a_run_has_the_loss_of_the_exported_step(tmp_path):
+    """Of the large block where there is one, beside the predictors on the same positions."""
+    cfg = presets.preset("tiny")
+    described = config.to_json(cfg, presets.make_replicates(cfg, [4], {})) | {
+        "references": {"unigram": {"loss": 5.5}, "bigram": {"loss": 5.25}},
+        "corpus": {"source": "text:a", "sha256": "00ff"},
+        "provenance": {"git_commit": None},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    rows = [
+        {"step": 5, "replicate": 1, "kind": "eval", "eval/loss": 5.0},
+        {"step": 5, "replicate": 0, "kind": "eval", "eval/loss": 9.0},
+        {"step": 20, "replicate": 1, "kind": "eval", "eval/loss": 4.0, "held_out/loss": 4.5}
+        | {"held_out/minus_unigram": -1.25, "held_out/minus_bigram": -0.5},
+        {"step": 20, "replicate": 1, "kind": "train", "train/loss": 3.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    early, last = (convert.run_card(tmp_path, step, 1) for step in (5, 20))
+    assert (early.loss, early.unigram, early.bigram) == (5.0, 5.5, 5.25)
+    assert (last.loss, last.unigram, last.bigram) == (4.5, 5.75, 5.0)
+    assert (last.recipe, last.seed, last.step, last.steps) == (cfg.run.recipes[1], 4, 20, 20)
+    assert last.tokens == 20 * cfg.data.batch_size * cfg.data.seq_len
+    assert "text:a" in last.text and last.commit is None
+    assert convert.run_card(tmp_path, 10, 1).loss is None
+
+
+def test_every_end_and_the_begin_of_a_tokenizer_is_written(tmp_path):
+    cfg, params, tok = hf.load(LATENTS)
+    tok = replace(tok, ends=(tok.end_of_text, 7, 9), begin=(5,))
+    hf.export(tmp_path / "out", cfg, params, Hyper(), tok)
+    for name in ("config.json", "generation_config.json"):
+        tree = json.loads((tmp_path / "out" / name).read_text())
+        assert tree["eos_token_id"] == [tok.end_of_text, 7, 9] and tree["bos_token_id"] == 5
+    assert hf.load(tmp_path / "out")[2].ends == tok.ends

@@ -52,12 +52,58 @@ def export(args: Namespace) -> None:
     from bitnet_jax import hf, restore
 
     model = restore.load_model(args.source)
+    of_run = not restore.is_hf_folder(Path(args.source))
     hf.export(
-        args.folder, model.cfg, model.params, model.hyper, model.tokenizer, packed=args.packed
+        args.folder,
+        model.cfg,
+        model.params,
+        model.hyper,
+        model.tokenizer,
+        packed=args.packed,
+        card=run_card(*restore.checkpoint_place(args.source)) if of_run else None,
     )
     size = sum(path.stat().st_size for path in args.folder.iterdir())
     kind = "packed ternary weights" if args.packed else "master weights"
     print(f"{model.label}: {kind} in {args.folder}, {size / 1e6:.1f} MB")
+
+
+def run_card(workdir: Path, step: int, index: int | None):
+    """What a model card tells of replicate `index` of a run: an hf.Card.
+
+    The loss is that of the large block where the step has one, beside the predictors on the same
+    positions.
+    """
+    from bitnet_jax import config, hf, log, metrics
+
+    index = index or 0
+    described = log.read_json(workdir / "config.json")
+    cfg, replicates = config.from_json(described, str(workdir / "config.json"))
+    rows = {
+        row["step"]: row
+        for row in log.read_rows(workdir / "metrics.jsonl")
+        if (row.get("kind"), row.get("replicate")) == ("eval", index)
+    }
+    row, losses = rows.get(step, {}), {}
+    if metrics.HELD_OUT_LOSS in row:
+        losses["loss"] = row[metrics.HELD_OUT_LOSS]
+        losses["unigram"] = losses["loss"] - row[metrics.MINUS_UNIGRAM]
+        losses["bigram"] = losses["loss"] - row[metrics.MINUS_BIGRAM]
+    elif metrics.LOSS in row:
+        references = described.get("references", {})
+        losses = {name: references.get(name, {}).get("loss") for name in ("unigram", "bigram")}
+        losses["loss"] = row[metrics.LOSS]
+    corpus = described.get("corpus", {})
+    return hf.Card(
+        source=f"{workdir}@{step}:{index}",
+        recipe=replicates[index].name,
+        seed=replicates[index].seed,
+        step=step,
+        steps=cfg.run.steps,
+        tokens=step * cfg.data.batch_size * cfg.data.seq_len,
+        text=f"{corpus['source']}, sha256 {corpus['sha256']}" if corpus else None,
+        commit=described.get("provenance", {}).get("git_commit"),
+        **losses,
+    )
 
 
 def check(args: Namespace) -> int:
@@ -91,8 +137,8 @@ def check(args: Namespace) -> int:
         f"uniform {np.log(cfg.model.vocab_size):.4f}",
         flush=True,
     )
-    if not np.isfinite(loss):
-        return flags.fail(f"failed: {args.folder}: the loss is {loss}", 1)
+    if fault := hf.loss_fault(args.folder, loss):
+        return flags.fail(f"failed: {fault}", 1)
     return 0
 
 

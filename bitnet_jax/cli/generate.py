@@ -129,7 +129,13 @@ def decode(model, prompts_BP, lengths_B, args: Namespace):
     cfg, end_of_text = model.cfg, model.tokenizer.end_of_text
     params = jax.tree.map(lambda x: np.asarray(x)[None], model.params)
     hyper = jax.tree.map(lambda x: np.full(1, x, np.float32), model.hyper)
-    sampling = generate.Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
+    sampling = generate.Sampling(
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.repetition_penalty,
+        n_tokens=model.tokenizer.vocab_size,
+    )
     n_chunks, new_BN = -(-args.tokens // CHUNK), np.zeros((len(lengths_B), 0), np.int32)
     # float32 means float32, as in training.
     precision = "float32" if cfg.model.dtype == "float32" else "default"
