@@ -32,12 +32,13 @@ from bitnet_jax.subject import (
 )
 
 TEXT_TOKENS, PIECE = 4_000_000, 32  # tokens read; of a piece of text
+DEAD_ZEROS = 0.99  # share of zeros above which a matrix passes next to nothing on
 
 
 def codes(s: Subject) -> dict:
     """`nonfinite`: share of weights that are NaN or infinite. `dead_matrices`: share of the ternary
-    matrices that have one code only. `zero_rate`, `zero_rate_most`: share of zeros, over all and in
-    the matrix with the most."""
+    matrices with one code only or more than DEAD_ZEROS zeros. `zero_rate`, `zero_rate_most`: share
+    of zeros, over all and in the matrix with the most."""
     leaves = [np.asarray(x) for x in jax.tree.leaves(s.params)]
     bad = sum(int((~np.isfinite(x)).sum()) for x in leaves if x.dtype.kind == "f")
     found = {"nonfinite": bad / sum(x.size for x in leaves)}
@@ -45,8 +46,9 @@ def codes(s: Subject) -> dict:
         return found
     by_path = codes_by_path(s.params).values()
     zeros = [float((q == 0).mean()) for q in by_path]
+    one_code = np.array([q.min() == q.max() for q in by_path])
     return found | {
-        "dead_matrices": float(np.mean([q.min() == q.max() for q in by_path])),
+        "dead_matrices": float(np.mean(one_code | (np.array(zeros) > DEAD_ZEROS))),
         "zero_rate": float(np.average(zeros, weights=[q.size for q in by_path])),
         "zero_rate_most": max(zeros),
     }
@@ -173,16 +175,19 @@ def quantiser_gradients(quantize_weight: Callable) -> dict:
 def text(s: Subject) -> dict:
     """Of the training text's first TEXT_TOKENS tokens: `repeated_text`, share of its pieces of
     PIECE tokens, at all places, that occurred before; `repeated_documents`, share of its documents;
-    `unused_vocabulary`, share of the vocabulary that does not occur in it."""
+    `unused_vocabulary`, share of the vocabulary that does not occur in it, and `unused_mass`, the
+    mean probability that the model gives to all of that."""
     tokens = s.program.tokens
     tokens_N = np.asarray(tokens.train_N[:TEXT_TOKENS])
-    vocab = s.program.cfg.model.vocab_size
+    unused_V = np.bincount(tokens_N, minlength=s.program.cfg.model.vocab_size) == 0
+    mean_V = np.asarray(jnp.mean(jax.nn.softmax(s.logits_BLV), axis=(0, 1)), np.float64)
     documents = np.split(tokens_N, np.flatnonzero(tokens_N == tokens.tokenizer.end_of_text) + 1)
     documents = [d.tobytes() for d in documents if len(d)]
     return {
         "repeated_text": repeated_pieces(tokens_N),
         "repeated_documents": 1 - len(set(documents)) / len(documents),
-        "unused_vocabulary": float((np.bincount(tokens_N, minlength=vocab) == 0).mean()),
+        "unused_vocabulary": float(unused_V.mean()),
+        "unused_mass": float(mean_V[unused_V].sum()),
     }
 
 
@@ -223,7 +228,7 @@ TESTS = (
         codes,
         lambda m: (
             f"zeros {m['zero_rate']:.1%}, most in one matrix {m['zero_rate_most']:.1%}, "
-            f"matrices with one code {m['dead_matrices']:.0%}"
+            f"dead matrices {m['dead_matrices']:.0%}"
         ),
     ),
     Test(

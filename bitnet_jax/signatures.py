@@ -23,6 +23,7 @@ LABEL_MARGIN = 0.1  # nats between the offset that explains the loss and the sou
 # Share of the update of ternary matrices that is decay. Width 64, 400 steps: coupled 0.1 and 0.03
 # 0.5 (context lost), 0.01 0.39, 0.001 0.26, 0.0001 0.05 (learned); decoupled 0.1 0.03.
 DECAY_SHARE, DECAY_FULL = 0.1, 0.45
+UNUSED_MASS = 0.1  # probability on tokens that the text does not have
 EARLIER_TOKENS = 0.02  # nats that the tokens before the last one are worth, in a model that reads
 
 
@@ -125,6 +126,7 @@ def context_ignored(m: dict) -> bool:
 
 
 SYMPTOMS = (
+    "probability on unused tokens",
     "learning rate too high",
     "logits too small",
     "context ignored",
@@ -132,7 +134,7 @@ SYMPTOMS = (
     "cannot overfit one batch",
 )
 BLOCKED = (*SYMPTOMS, "no gradient for the ternary weights")  # what follows when nothing is learned
-DECAYED = ("matrices with one code", "updates below Adam's eps", "stifling clip", *BLOCKED)
+DECAYED = ("dead ternary matrices", "updates below Adam's eps", "stifling clip", *BLOCKED)
 
 DATA = (
     Cause(
@@ -142,7 +144,7 @@ DATA = (
         ("nonfinite",),
         lambda m: m["nonfinite"] > 0,
         lambda m: f"{m['nonfinite']:.2%} of the weights are NaN or infinite",
-        ("matrices with one code", *BLOCKED),
+        ("dead ternary matrices", *BLOCKED),
     ),
     Cause(
         "repeated batches",
@@ -183,14 +185,6 @@ DATA = (
         lambda m: f"{m['repeated_text']:.0%} of the windows of the training text are copies",
         ("learning rate too high",),
     ),
-    Cause(
-        "vocabulary mostly unused",
-        MECHANISM,
-        "train a tokenizer on this text, or use more text",
-        ("unused_vocabulary",),
-        lambda m: 0.2 * (m["unused_vocabulary"] > 0.5),
-        lambda m: f"{m['unused_vocabulary']:.0%} of the vocabulary never occur in the text",
-    ),
 )
 MODEL = (
     Cause(
@@ -220,14 +214,14 @@ MODEL = (
         ("weights not updated", *BLOCKED),
     ),
     Cause(
-        "matrices with one code",
+        "dead ternary matrices",
         IDENTITY,
         "look at the latent weights and scales of the named matrices; inspect lists them",
         ("dead_matrices", "zero_rate_most"),
         lambda m: m["dead_matrices"] > 0 and 0.5 + 0.5 * m["dead_matrices"],
         lambda m: (
-            f"{m['dead_matrices']:.0%} of the ternary matrices have one code only; the largest "
-            f"share of zeros is {m['zero_rate_most']:.1%}"
+            f"{m['dead_matrices']:.0%} of the ternary matrices have one code; the largest share "
+            f"of zeros is {m['zero_rate_most']:.1%}"
         ),
         BLOCKED,
     ),
@@ -394,6 +388,17 @@ OUTCOME = (
         ("overfit_loss", "overfit_limit", "overfit_steps"),
         lambda m: 0.2 * (m["overfit_loss"] > m["overfit_limit"]),
         lambda m: f"loss {m['overfit_loss']:.2f} after {m['overfit_steps']} steps on it alone",
+    ),
+    Cause(
+        "probability on unused tokens",
+        SYMPTOM,
+        "train a tokenizer on this text, or use more text",
+        ("unused_vocabulary", "unused_mass"),
+        lambda m: 0.3 * (m["unused_mass"] > UNUSED_MASS),
+        lambda m: (
+            f"{m['unused_mass']:.0%} of the probability goes to the {m['unused_vocabulary']:.0%} "
+            "of the vocabulary that never occur in the text"
+        ),
     ),
 )
 CAUSES = (*DATA, *MODEL, *OPTIMISER, *OUTCOME)

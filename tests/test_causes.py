@@ -14,7 +14,13 @@ def healthy():
     m |= {"scale": 1.01, "scale_gain": 0.0003, "earlier_tokens": 0.126, "future_leak": 0.0}
     m |= {"nonfinite": 0.0, "dead_matrices": 0.0, "zero_rate": 0.33, "zero_rate_most": 0.4}
     m |= {"ste_weight": 0.0, "ste_activation": 0.0, "repeated_text": 0.05, "repeated_documents": 0}
-    m |= {"unused_vocabulary": 0.01, "sum_lr": 0.165, "planned_lr": 0.165, "clip_factor": 0.8}
+    m |= {
+        "unused_vocabulary": 0.3,
+        "unused_mass": 1e-4,
+        "sum_lr": 0.165,
+        "planned_lr": 0.165,
+        "clip_factor": 0.8,
+    }
     m |= {"repeated": 0.0, "padding_scored": 0.0, "codes_changed": 0.177, "start_latent": 0.041}
     m |= {"offset": 1, "offset_error": 2e-6, "loss_error": 2e-6, "start_gain": 0.998}
     m |= {"overfit_loss": 0.18, "overfit_steps": 25, "overfit_limit": 2.0}
@@ -39,11 +45,11 @@ CHANGED = {
     "shifted labels": {"offset": 2, "offset_error": 1e-6, "loss_error": 0.8},
     "padding is scored": {"padding_scored": 0.5},
     "repeated text": {"repeated_text": 0.9, "overconfidence": 2.0},
-    "vocabulary mostly unused": {"unused_vocabulary": 0.9, "mutual_information": 0.07},
+    "probability on unused tokens": {"unused_mass": 0.4, "mutual_information": 0.07},
     "later tokens are seen": {"future_leak": 0.2},
     "another loss": {"loss_error": 0.1},
     "no straight-through gradient": {"ste_weight": 3.0},
-    "matrices with one code": {"dead_matrices": 0.5, "zero_rate_most": 1.0},
+    "dead ternary matrices": {"dead_matrices": 0.5, "zero_rate_most": 1.0},
     "logits scaled down": {"start_gain": 128**-0.5, "scale_gain": 0.4, "scale": 3.0},
     "decay through Adam": {"decay_share_matrix": 0.54, "decay_spread_head": 0.4, "scale_gain": 1},
     "decay not scaled by the learning rate": {
