@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from scipy import optimize
 
 from bitnet_jax import collapse, quant, updates
-from bitnet_jax.config import Hyper
 from bitnet_jax.data import Batch
 from bitnet_jax.loss import cross_entropy
 from bitnet_jax.subject import (
@@ -55,39 +53,27 @@ def codes(s: Subject) -> dict:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scored(cfg, seams, params, hyper, batch, unigram_V, token_bytes_V):
-    """Statistics of one batch, and per window the summed nats more than the unigram's."""
+def _stats(cfg, seams, params, hyper, batch, nats_KBL, token_bytes_V):
     z_BLV = logits(cfg, seams, params, hyper, batch.inputs)
-    stats = collapse.stats(z_BLV[None], batch.targets, batch.weights, token_bytes_V)
-    nats = optax.softmax_cross_entropy_with_integer_labels(z_BLV, batch.targets)
-    more = (nats + jnp.log(unigram_V)[batch.targets]) * batch.weights
-    return stats, jnp.sum(more, axis=-1), jnp.sum(batch.weights, axis=-1)
+    return collapse.stats(z_BLV, batch.targets, batch.weights, token_bytes_V, nats_KBL)
 
 
-def predictions(s: Subject, params=None, hyper: Hyper | None = None) -> dict:
-    """The numbers of `collapse.finalize` over the large held-out block without their prefix, and
-    `unigram_difference`: loss less the unigram's on the same positions, `unigram_error`: its
-    standard error over windows, `unigram_loss`, `uniform_loss`."""
-    evals, vocab = s.program.evals, s.program.cfg.model.vocab_size
-    given = (s.params if params is None else params, hyper or s.hyper)
-    parts = []
-    for rows in zip(*(evals.large.inputs, evals.large.targets, evals.large.weights), strict=True):
-        batch = Batch(*rows)
-        args = (*given, batch, evals.unigram_V, evals.token_bytes_V)
-        parts.append(jax.device_get(_scored(*fixed(s.program), *args)))
-    sums = jax.tree.map(lambda *x: np.sum(x, axis=0), *(p[0] for p in parts))
-    found = collapse.finalize(sums, sums, evals.unigram_V)
-    found = {key.partition("/")[2]: float(x[0]) for key, x in found.items()}
-    more, scored = (np.concatenate([p[i] for p in parts]).astype(np.float64) for i in (1, 2))
-    difference = more.sum() / scored.sum()
-    residual = (more - difference * scored) / scored.mean()
-    error = residual.std(ddof=1) / np.sqrt(len(residual)) if len(residual) > 1 else np.inf
-    return found | {
-        "unigram_difference": float(difference),
-        "unigram_error": float(error),
-        "unigram_loss": found["loss"] - float(difference),
-        "uniform_loss": float(np.log(vocab)),
-    }
+def predictions(s: Subject) -> dict:
+    """The numbers of `collapse.finalize` and `finalize_large` over the large held-out block,
+    without their prefixes, and `uniform_loss`, `unigram_loss` on the same positions."""
+    evals, parts = s.program.evals, []
+    for inputs, targets, weights, nats_KBL in zip(
+        *(evals.large.inputs, evals.large.targets, evals.large.weights, evals.large_nats_NKBL),
+        strict=True,
+    ):
+        args = (s.params, s.hyper, Batch(inputs, targets, weights), nats_KBL, evals.token_bytes_V)
+        parts.append(jax.device_get(_stats(*fixed(s.program), *args)))
+    sums = jax.tree.map(lambda *x: np.sum(x, axis=0), *parts)
+    numbers = collapse.finalize(sums, sums, evals.unigram_V) | collapse.finalize_large(sums)
+    found = {key.partition("/")[2]: float(x[0]) for key, x in numbers.items()}
+    vocab = s.program.cfg.model.vocab_size
+    unigram = found["loss"] - found["minus_unigram"]
+    return found | {"unigram_loss": unigram, "uniform_loss": float(np.log(vocab))}
 
 
 @jax.jit

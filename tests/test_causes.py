@@ -10,7 +10,7 @@ from bitnet_jax import causes, signatures
 def healthy():
     """Numbers of a healthy run of 200 steps of the reduced quick preset."""
     m = {"loss": 5.905, "entropy": 5.951, "overconfidence": -0.046, "mutual_information": 0.496}
-    m |= {"unigram_loss": 6.486, "unigram_difference": -0.581, "unigram_error": 0.02}
+    m |= {"unigram_loss": 6.486, "minus_unigram": -0.581, "minus_unigram_se": 0.02}
     m |= {"scale": 1.01, "scale_gain": 0.0003, "earlier_tokens": 0.126, "future_leak": 0.0}
     m |= {"nonfinite": 0.0, "dead_matrices": 0.0, "zero_rate": 0.33, "zero_rate_most": 0.4}
     m |= {"ste_weight": 0.0, "ste_activation": 0.0, "repeated_text": 0.05, "repeated_documents": 0}
@@ -35,7 +35,7 @@ def healthy():
 # A model on which the loss stays above the unigram's and the context is not used.
 STUCK = {
     "loss": 6.9,
-    "unigram_difference": 0.42,
+    "minus_unigram": 0.42,
     "mutual_information": 0.02,
     "earlier_tokens": 0.001,
 }
@@ -91,7 +91,7 @@ def test_every_name_that_a_cause_explains_is_a_cause():
 
 def test_a_model_that_has_learned_has_no_cause_and_neither_has_a_young_one(healthy):
     assert causes.rank(healthy) == []
-    young = {"sum_lr": 0.01, "unigram_difference": 0.8, "scale_gain": 0.6, "scale": 2.0}
+    young = {"sum_lr": 0.01, "minus_unigram": 0.8, "scale_gain": 0.6, "scale": 2.0}
     assert causes.rank(healthy | young | {"mutual_information": 0.01}) == []
 
 
@@ -143,7 +143,7 @@ def test_contradictory_symptoms_never_appear_together(healthy):
         "overconfidence": (-3, 3),
         "scale_gain": (0, 2),
         "planned_lr": (0, 0.2),
-        "unigram_difference": (-1, 2),
+        "minus_unigram": (-1, 2),
     }
     for _ in range(500):
         m = healthy | {key: rng.uniform(*bounds) for key, bounds in ranges.items()}

@@ -70,7 +70,7 @@ def test_inspection_of_an_unfinished_run(workdir):
 
 def found_with(params, **predictions):
     """A finding of these parameters, beside predictions of a model that has learned."""
-    sound = {"learned": True, "loss": 4.0, "unigram_difference": -1.0, "unigram_error": 0.1}
+    sound = {"learned": True, "loss": 4.0, "minus_unigram": -1.0, "minus_unigram_se": 0.1}
     sound |= {"mutual_information": 1.0, "most_predicted": [{"token": "a", "share_of_argmax": 0.6}]}
     weights = inspection.weights(params, 1.0)
     return {"weights": weights, "predictions": sound | predictions}
@@ -85,7 +85,7 @@ def planted(zero_rate=0.3):
 def test_the_worst_thing_comes_first():
     """Not finite before dead, dead before what is predicted, that before the loss."""
     assert inspection.observations(found_with(planted())) == []
-    stuck = {"learned": False, "unigram_difference": 1.0}
+    stuck = {"learned": False, "minus_unigram": 1.0}
     first, second = inspection.observations(found_with(planted(), **stuck))
     assert "'a'" in first and "60%" in first and "not learned" in second
     dead = planted()
