@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from scipy import optimize
 
 from bitnet_jax import collapse, quant, updates
-from bitnet_jax.config import Hyper
 from bitnet_jax.data import Batch
 from bitnet_jax.loss import cross_entropy
 from bitnet_jax.subject import (
@@ -32,12 +30,13 @@ from bitnet_jax.subject import (
 )
 
 TEXT_TOKENS, PIECE = 4_000_000, 32  # tokens read; of a piece of text
+DEAD_ZEROS = 0.99  # share of zeros above which a matrix passes next to nothing on
 
 
 def codes(s: Subject) -> dict:
     """`nonfinite`: share of weights that are NaN or infinite. `dead_matrices`: share of the ternary
-    matrices that have one code only. `zero_rate`, `zero_rate_most`: share of zeros, over all and in
-    the matrix with the most."""
+    matrices with one code only or more than DEAD_ZEROS zeros. `zero_rate`, `zero_rate_most`: share
+    of zeros, over all and in the matrix with the most."""
     leaves = [np.asarray(x) for x in jax.tree.leaves(s.params)]
     bad = sum(int((~np.isfinite(x)).sum()) for x in leaves if x.dtype.kind == "f")
     found = {"nonfinite": bad / sum(x.size for x in leaves)}
@@ -45,47 +44,36 @@ def codes(s: Subject) -> dict:
         return found
     by_path = codes_by_path(s.params).values()
     zeros = [float((q == 0).mean()) for q in by_path]
+    one_code = np.array([q.min() == q.max() for q in by_path])
     return found | {
-        "dead_matrices": float(np.mean([q.min() == q.max() for q in by_path])),
+        "dead_matrices": float(np.mean(one_code | (np.array(zeros) > DEAD_ZEROS))),
         "zero_rate": float(np.average(zeros, weights=[q.size for q in by_path])),
         "zero_rate_most": max(zeros),
     }
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scored(cfg, seams, params, hyper, batch, unigram_V, token_bytes_V):
-    """Statistics of one batch, and per window the summed nats more than the unigram's."""
+def _stats(cfg, seams, params, hyper, batch, nats_KBL, token_bytes_V):
     z_BLV = logits(cfg, seams, params, hyper, batch.inputs)
-    stats = collapse.stats(z_BLV[None], batch.targets, batch.weights, token_bytes_V)
-    nats = optax.softmax_cross_entropy_with_integer_labels(z_BLV, batch.targets)
-    more = (nats + jnp.log(unigram_V)[batch.targets]) * batch.weights
-    return stats, jnp.sum(more, axis=-1), jnp.sum(batch.weights, axis=-1)
+    return collapse.stats(z_BLV, batch.targets, batch.weights, token_bytes_V, nats_KBL)
 
 
-def predictions(s: Subject, params=None, hyper: Hyper | None = None) -> dict:
-    """The numbers of `collapse.finalize` over the large held-out block without their prefix, and
-    `unigram_difference`: loss less the unigram's on the same positions, `unigram_error`: its
-    standard error over windows, `unigram_loss`, `uniform_loss`."""
-    evals, vocab = s.program.evals, s.program.cfg.model.vocab_size
-    given = (s.params if params is None else params, hyper or s.hyper)
-    parts = []
-    for rows in zip(*(evals.large.inputs, evals.large.targets, evals.large.weights), strict=True):
-        batch = Batch(*rows)
-        args = (*given, batch, evals.unigram_V, evals.token_bytes_V)
-        parts.append(jax.device_get(_scored(*fixed(s.program), *args)))
-    sums = jax.tree.map(lambda *x: np.sum(x, axis=0), *(p[0] for p in parts))
-    found = collapse.finalize(sums, sums, evals.unigram_V)
-    found = {key.partition("/")[2]: float(x[0]) for key, x in found.items()}
-    more, scored = (np.concatenate([p[i] for p in parts]).astype(np.float64) for i in (1, 2))
-    difference = more.sum() / scored.sum()
-    residual = (more - difference * scored) / scored.mean()
-    error = residual.std(ddof=1) / np.sqrt(len(residual)) if len(residual) > 1 else np.inf
-    return found | {
-        "unigram_difference": float(difference),
-        "unigram_error": float(error),
-        "unigram_loss": found["loss"] - float(difference),
-        "uniform_loss": float(np.log(vocab)),
-    }
+def predictions(s: Subject) -> dict:
+    """The numbers of `collapse.finalize` and `finalize_large` over the large held-out block,
+    without their prefixes, and `uniform_loss`, `unigram_loss` on the same positions."""
+    evals, parts = s.program.evals, []
+    for inputs, targets, weights, nats_KBL in zip(
+        *(evals.large.inputs, evals.large.targets, evals.large.weights, evals.large_nats_NKBL),
+        strict=True,
+    ):
+        args = (s.params, s.hyper, Batch(inputs, targets, weights), nats_KBL, evals.token_bytes_V)
+        parts.append(jax.device_get(_stats(*fixed(s.program), *args)))
+    sums = jax.tree.map(lambda *x: np.sum(x, axis=0), *parts)
+    numbers = collapse.finalize(sums, sums, evals.unigram_V) | collapse.finalize_large(sums)
+    found = {key.partition("/")[2]: float(x[0]) for key, x in numbers.items()}
+    vocab = s.program.cfg.model.vocab_size
+    unigram = found["loss"] - found["minus_unigram"]
+    return found | {"unigram_loss": unigram, "uniform_loss": float(np.log(vocab))}
 
 
 @jax.jit
@@ -173,16 +161,19 @@ def quantiser_gradients(quantize_weight: Callable) -> dict:
 def text(s: Subject) -> dict:
     """Of the training text's first TEXT_TOKENS tokens: `repeated_text`, share of its pieces of
     PIECE tokens, at all places, that occurred before; `repeated_documents`, share of its documents;
-    `unused_vocabulary`, share of the vocabulary that does not occur in it."""
+    `unused_vocabulary`, share of the vocabulary that does not occur in it, and `unused_mass`, the
+    mean probability that the model gives to all of that."""
     tokens = s.program.tokens
     tokens_N = np.asarray(tokens.train_N[:TEXT_TOKENS])
-    vocab = s.program.cfg.model.vocab_size
+    unused_V = np.bincount(tokens_N, minlength=s.program.cfg.model.vocab_size) == 0
+    mean_V = np.asarray(jnp.mean(jax.nn.softmax(s.logits_BLV), axis=(0, 1)), np.float64)
     documents = np.split(tokens_N, np.flatnonzero(tokens_N == tokens.tokenizer.end_of_text) + 1)
     documents = [d.tobytes() for d in documents if len(d)]
     return {
         "repeated_text": repeated_pieces(tokens_N),
         "repeated_documents": 1 - len(set(documents)) / len(documents),
-        "unused_vocabulary": float((np.bincount(tokens_N, minlength=vocab) == 0).mean()),
+        "unused_vocabulary": float(unused_V.mean()),
+        "unused_mass": float(mean_V[unused_V].sum()),
     }
 
 
@@ -223,7 +214,7 @@ TESTS = (
         codes,
         lambda m: (
             f"zeros {m['zero_rate']:.1%}, most in one matrix {m['zero_rate_most']:.1%}, "
-            f"matrices with one code {m['dead_matrices']:.0%}"
+            f"dead matrices {m['dead_matrices']:.0%}"
         ),
     ),
     Test(

@@ -5,7 +5,7 @@ weights      per tensor: how many |w| are above 1, above 1.1 and above the scale
              checkpoint before, latent std, scale, SQNR
 predictions  over the large held-out block: the most predicted and the most frequent tokens with
              their shares, and the divergence of the mean prediction from the text
-course       of a run's log: evaluations with fewer than SEVERE distinct predictions
+course       of a run's log: evaluations with fewer than 3 distinct predictions
 """
 
 import functools
@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import audit, checkpoint, optim, quant, restore, signatures
+from bitnet_jax import audit, checkpoint, metrics, optim, quant, restore, signatures, verdict
 from bitnet_jax.subject import Subject, fixed, logits, open_source, weight_faults
 
 TOP = 10  # tokens shown of each list
 THRESHOLD = 1.1  # the troubleshooting report counted weights above it
-SEVERE = 3  # fewer distinct predictions are severe, exactly 1 is complete
 MOSTLY_ZERO, ONE_TOKEN = 0.9, 0.5  # share of a matrix's codes, of the predictions
 
 
@@ -204,8 +203,8 @@ def predictions(s: Subject) -> dict:
         "positions": int(np.sum(s.program.evals.large.weights)),
         "learned": bool(signatures.learned(measured)),
         "loss": measured["loss"],
-        "unigram_difference": measured["unigram_difference"],
-        "unigram_error": measured["unigram_error"],
+        "minus_unigram": measured["minus_unigram"],
+        "minus_unigram_se": measured["minus_unigram_se"],
         "mutual_information": measured["mutual_information"],
         "distinct_predicted": int((argmax_V > 0).sum()),
         "distinct_in_text": int((text_V > 0).sum()),
@@ -219,13 +218,13 @@ def predictions(s: Subject) -> dict:
 def course(rows: Sequence[dict]) -> dict | None:
     """Evaluations after step 0 of one replicate, oldest first: how many are severe, the first
     severe and the first complete one; None without any."""
-    counts = [(row["step"], row["collapse/unique_tokens"]) for row in rows if row["step"]]
-    severe = [step for step, distinct in counts if distinct < SEVERE]
-    complete = [step for step, distinct in counts if distinct == 1]
-    if not counts:
+    after = [row for row in rows if row["step"]]
+    severe = [row["step"] for row in after if verdict.severe(row)]
+    complete = [row["step"] for row in after if row[metrics.DISTINCT] == 1]
+    if not after:
         return None
     return {
-        "evaluations": len(counts),
+        "evaluations": len(after),
         "severe": len(severe),
         "first_severe": severe[0] if severe else None,
         "first_complete": complete[0] if complete else None,
@@ -250,10 +249,10 @@ def observations(found: dict) -> list[str]:
     if not p["learned"] and top["share_of_argmax"] > ONE_TOKEN:
         seen.append(f"{top['token']!r} is predicted at {top['share_of_argmax']:.0%} of positions")
     if not p["learned"]:
-        where = "above" if p["unigram_difference"] > 0 else "below"
+        where = "above" if p["minus_unigram"] > 0 else "below"
         seen.append(
-            f"not learned: loss {p['loss']:.2f} is {abs(p['unigram_difference']):.2f} {where} the "
-            f"unigram's (standard error {p['unigram_error']:.2f}), mutual information "
+            f"not learned: loss {p['loss']:.2f} is {abs(p['minus_unigram']):.2f} {where} the "
+            f"unigram's (standard error {p['minus_unigram_se']:.2f}), mutual information "
             f"{p['mutual_information']:.3f}"
         )
     if mostly_zero:
@@ -352,5 +351,5 @@ def _prediction_lines(p: dict) -> list[str]:
 
 def _course_lines(c: dict) -> list[str]:
     first = f", first at step {c['first_severe']}" if c["severe"] else ""
-    return [f"severe (fewer than {SEVERE} distinct): {c['severe']} of {c['evaluations']} "
+    return [f"severe (fewer than {verdict.SEVERE} distinct): {c['severe']} of {c['evaluations']} "
             f"evaluations{first}"]  # fmt: skip

@@ -11,18 +11,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bitnet_jax import metrics, verdict
+
 IDENTITY, MECHANISM, SYMPTOM = range(3)
 
-LATE = (
-    0.05  # sum of learning rates from which symptoms count (healthy runs pass the unigram at .03)
-)
 NEEDED_RATE = 0.02  # sum of learning rates that a healthy run needs to learn word frequencies
-CONTEXT = 0.1  # nats of mutual information; healthy and late: 0.17 and more
 ROUNDING = 1e-3  # relative error of a factor or of a loss that rounding does not explain
 LABEL_MARGIN = 0.1  # nats between the offset that explains the loss and the sound one
 # Share of the update of ternary matrices that is decay. Width 64, 400 steps: coupled 0.1 and 0.03
 # 0.5 (context lost), 0.01 0.39, 0.001 0.26, 0.0001 0.05 (learned); decoupled 0.1 0.03.
 DECAY_SHARE, DECAY_FULL = 0.1, 0.45
+UNUSED_MASS = 0.1  # probability on tokens that the text does not have
 EARLIER_TOKENS = 0.02  # nats that the tokens before the last one are worth, in a model that reads
 
 
@@ -40,14 +39,14 @@ class Cause:
 
 
 def learned(m: dict) -> bool:
-    """Held-out loss below the unigram's by two standard errors of the paired difference, and
-    predictions that depend on the context."""
-    return m["unigram_difference"] < -2 * m["unigram_error"] and m["mutual_information"] > CONTEXT
+    """`verdict.learned` of the large block."""
+    keys = (metrics.MINUS_UNIGRAM, metrics.MINUS_UNIGRAM_SE, metrics.HELD_OUT_MUTUAL_INFORMATION)
+    return bool(verdict.learned({key: m[key.partition("/")[2]] for key in keys}, {}))
 
 
 def late(m: dict) -> bool:
     """Whether weights had time to move; a model without a schedule counts as finished."""
-    return m.get("sum_lr", math.inf) >= LATE
+    return m.get("sum_lr", math.inf) >= verdict.LATE
 
 
 def by_group(m: dict, prefix: str) -> dict[str, float]:
@@ -63,8 +62,7 @@ def output_group(m: dict) -> str:
 def decay_effect(m: dict) -> float:
     """0, or how much of the update of the ternary matrices is decay, 1 from DECAY_FULL on.
 
-    Rows of embedding and head whose tokens are rare get little but decay, whatever its size, and do
-    no harm: they do not count.
+    Rows of embedding and head whose tokens are rare get little but decay, harmlessly: not counted.
     """
     share = m["decay_share_matrix"]
     return share / DECAY_FULL if share > DECAY_SHARE else 0.0
@@ -102,9 +100,8 @@ def output_still(m: dict) -> bool:
 
 def still_groups(m: dict) -> list[str]:
     """Groups without any update, unless nothing is updated; the output matrix has its own cause."""
-    updates = by_group(m, "update")
-    still = [g for g, x in updates.items() if x == 0 and g != output_group(m)]
-    return still if max(updates.values()) > 0 else []
+    updates, output = by_group(m, "update"), output_group(m)
+    return [g for g, x in updates.items() if x == 0 < max(updates.values()) and g != output]
 
 
 def out_of_reach(m: dict) -> float:
@@ -121,10 +118,11 @@ def quantiser_error(m: dict) -> float:
 
 
 def context_ignored(m: dict) -> bool:
-    return m["mutual_information"] < CONTEXT / 2 and m["earlier_tokens"] < EARLIER_TOKENS
+    return m["mutual_information"] < verdict.BLIND / 2 and m["earlier_tokens"] < EARLIER_TOKENS
 
 
 SYMPTOMS = (
+    "probability on unused tokens",
     "learning rate too high",
     "logits too small",
     "context ignored",
@@ -132,7 +130,7 @@ SYMPTOMS = (
     "cannot overfit one batch",
 )
 BLOCKED = (*SYMPTOMS, "no gradient for the ternary weights")  # what follows when nothing is learned
-DECAYED = ("matrices with one code", "updates below Adam's eps", "stifling clip", *BLOCKED)
+DECAYED = ("dead ternary matrices", "updates below Adam's eps", "stifling clip", *BLOCKED)
 
 DATA = (
     Cause(
@@ -142,7 +140,7 @@ DATA = (
         ("nonfinite",),
         lambda m: m["nonfinite"] > 0,
         lambda m: f"{m['nonfinite']:.2%} of the weights are NaN or infinite",
-        ("matrices with one code", *BLOCKED),
+        ("dead ternary matrices", *BLOCKED),
     ),
     Cause(
         "repeated batches",
@@ -183,14 +181,6 @@ DATA = (
         lambda m: f"{m['repeated_text']:.0%} of the windows of the training text are copies",
         ("learning rate too high",),
     ),
-    Cause(
-        "vocabulary mostly unused",
-        MECHANISM,
-        "train a tokenizer on this text, or use more text",
-        ("unused_vocabulary",),
-        lambda m: 0.2 * (m["unused_vocabulary"] > 0.5),
-        lambda m: f"{m['unused_vocabulary']:.0%} of the vocabulary never occur in the text",
-    ),
 )
 MODEL = (
     Cause(
@@ -220,14 +210,14 @@ MODEL = (
         ("weights not updated", *BLOCKED),
     ),
     Cause(
-        "matrices with one code",
+        "dead ternary matrices",
         IDENTITY,
         "look at the latent weights and scales of the named matrices; inspect lists them",
         ("dead_matrices", "zero_rate_most"),
         lambda m: m["dead_matrices"] > 0 and 0.5 + 0.5 * m["dead_matrices"],
         lambda m: (
-            f"{m['dead_matrices']:.0%} of the ternary matrices have one code only; the largest "
-            f"share of zeros is {m['zero_rate_most']:.1%}"
+            f"{m['dead_matrices']:.0%} of the ternary matrices have one code; the largest share "
+            f"of zeros is {m['zero_rate_most']:.1%}"
         ),
         BLOCKED,
     ),
@@ -351,10 +341,10 @@ OUTCOME = (
         SYMPTOM,
         "lower the peak rate, lengthen the warm-up, enlarge the batch",
         ("overconfidence",),
-        lambda m: 0.4 * (m["unigram_difference"] > 0 and m["overconfidence"] > 0.5),
+        lambda m: 0.4 * (m["minus_unigram"] > 0 and m["overconfidence"] > 0.5),
         lambda m: (
             f"loss is {m['overconfidence']:.2f} above the entropy, "
-            f"{m['unigram_difference']:.2f} above the unigram's"
+            f"{m['minus_unigram']:.2f} above the unigram's"
         ),
     ),
     Cause(
@@ -362,7 +352,7 @@ OUTCOME = (
         SYMPTOM,
         "look at what decays or scales the output matrix; compare norms with the start",
         ("scale", "scale_gain"),
-        lambda m: 0.3 * (m["unigram_difference"] > 0 and m["scale"] > 1 and m["scale_gain"] > 0.3),
+        lambda m: 0.3 * (m["minus_unigram"] > 0 and m["scale"] > 1 and m["scale_gain"] > 0.3),
         lambda m: f"logits times {m['scale']:.2g} gain {m['scale_gain']:.2f} nats",
         ("context ignored",),
     ),
@@ -383,7 +373,7 @@ OUTCOME = (
         "look at attention and at code flips: is the trunk learning?",
         ("mutual_information", "earlier_tokens"),
         lambda m: (
-            0.2 * (m["mutual_information"] > CONTEXT and m["earlier_tokens"] < EARLIER_TOKENS)
+            0.2 * (m["mutual_information"] > verdict.BLIND and m["earlier_tokens"] < EARLIER_TOKENS)
         ),
         lambda m: f"other tokens before the last one cost {m['earlier_tokens']:.3f} nats",
     ),
@@ -394,6 +384,17 @@ OUTCOME = (
         ("overfit_loss", "overfit_limit", "overfit_steps"),
         lambda m: 0.2 * (m["overfit_loss"] > m["overfit_limit"]),
         lambda m: f"loss {m['overfit_loss']:.2f} after {m['overfit_steps']} steps on it alone",
+    ),
+    Cause(
+        "probability on unused tokens",
+        SYMPTOM,
+        "train a tokenizer on this text, or use more text",
+        ("unused_vocabulary", "unused_mass"),
+        lambda m: 0.3 * (m["unused_mass"] > UNUSED_MASS),
+        lambda m: (
+            f"{m['unused_mass']:.0%} of the probability goes to the {m['unused_vocabulary']:.0%} "
+            "of the vocabulary that never occur in the text"
+        ),
     ),
 )
 CAUSES = (*DATA, *MODEL, *OPTIMISER, *OUTCOME)

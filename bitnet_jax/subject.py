@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bitnet_jax import data, hf, optim, program, quant, restore, train
 from bitnet_jax.config import Config, Hyper, Replicate, UserError
@@ -20,6 +19,7 @@ from bitnet_jax.program import Program
 from bitnet_jax.train import Seams, TrainState
 
 POSITIONS = 2048  # held-out positions whose logits are kept at once
+LONGEST = 512  # tokens of a window of another text
 WEIGHTS, OPTIMISER, START = "weights and text", "optimiser", "start"
 
 
@@ -109,10 +109,15 @@ def served(program: Program, steps: int) -> Batch:
     return batches
 
 
+def norm(leaves) -> float:
+    """L2 norm over arrays, in NumPy: one compiled operation per shape would take longer."""
+    squares = (np.square(np.asarray(x), dtype=np.float64).sum() for x in jax.tree.leaves(leaves))
+    return float(sum(squares)) ** 0.5
+
+
 def rms(leaves) -> float:
     """Root mean square over arrays."""
-    size = sum(x.size for x in jax.tree.leaves(leaves))
-    return float(optax.tree.norm(leaves)) / size**0.5
+    return norm(leaves) / sum(x.size for x in jax.tree.leaves(leaves)) ** 0.5
 
 
 def codes_by_path(params) -> dict[str, np.ndarray]:
@@ -155,17 +160,12 @@ def weight_faults(params) -> dict[str, list[str]]:
 # ----------------------------------------------------------------------------- where it comes from
 
 
-def is_hf_folder(folder: Path) -> bool:
-    """Whether a folder holds a Hugging Face model rather than a run."""
-    return (folder / "config.json").is_file() and bool(list(folder.glob("*.safetensors*")))
-
-
 def open_source(source: str, text: str | None = None) -> Subject:
     """The subject of a SOURCE: WORKDIR[@STEP[:REPLICATE]], or a Hugging Face folder with a text.
 
     `text` is a glob of files that replaces a run's corpus. Raises UserError.
     """
-    if is_hf_folder(Path(source)):
+    if restore.is_hf_folder(Path(source)):
         return open_hf(Path(source), text)
     workdir, step, index = restore.checkpoint_place(source)
     return open_run(workdir, step, index or 0, text)
@@ -175,8 +175,7 @@ def open_run(workdir: Path, step: int, index: int, text: str | None = None) -> S
     """One replicate of a checkpoint, with optimiser and, unless it was imported, its start."""
     cfg, replicate, state = restore.load_replicate(workdir, step, index)
     if text:
-        own = {"tokenizer": f"hf:{workdir / 'tokenizer'}"}
-        cfg = replace(cfg, data=on_text(cfg.data, text, **own))
+        cfg = replace(cfg, data=on_text(cfg.data, text, f"hf:{workdir / 'tokenizer'}"))
     built = program.build(cfg, [replicate])
     if not text:
         check_corpus(workdir, cfg.data, built.tokens.identity)
@@ -196,14 +195,16 @@ def open_hf(folder: Path, text: str | None) -> Subject:
     if not text:
         raise UserError(f"{folder}: a model without a run needs a text: --text GLOB")
     cfg, params, _ = hf.load(folder)
-    cfg = replace(cfg, data=on_text(cfg.data, text, tokenizer=f"hf:{folder}"))
+    cfg = replace(cfg, data=on_text(cfg.data, text, cfg.data.tokenizer))
     built = program.build(cfg, [Replicate(folder.name, 0, Hyper())])
     return Subject(built, jax.tree.map(jnp.asarray, params), 0)
 
 
 def on_text(cfg: data.DataConfig, text: str, tokenizer: str) -> data.DataConfig:
     """The same windows of another text, of which a part is held out."""
-    return replace(cfg, corpus=f"text:{text}", validation=None, tokenizer=tokenizer)
+    length = min(cfg.seq_len, LONGEST)
+    corpus = {"corpus": f"text:{text}", "validation": None, "tokenizer": tokenizer}
+    return replace(cfg, seq_len=length, **corpus)
 
 
 def check_corpus(workdir: Path, cfg: data.DataConfig, identity: dict) -> None:

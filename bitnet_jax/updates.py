@@ -19,7 +19,16 @@ from bitnet_jax.config import Hyper
 from bitnet_jax.data import Batch
 from bitnet_jax.loss import cross_entropy
 from bitnet_jax.program import Program
-from bitnet_jax.subject import Subject, arrays, codes_by_path, fixed, rms, served, train_steps
+from bitnet_jax.subject import (
+    Subject,
+    arrays,
+    codes_by_path,
+    fixed,
+    norm,
+    rms,
+    served,
+    train_steps,
+)
 
 AUDIT_STEPS, AUDIT_SAMPLE = 100, 4096  # updates without gradients; weights of each parameter
 REPLAYED = 20  # updates on the first batches at the peak rate
@@ -142,23 +151,21 @@ def updates(s: Subject) -> dict:
     state = s.state.replace(step=zero, failed=zero, opt_state=tx.init(s.params))
     batches, unigram_V = served(s.program, REPLAYED), s.program.evals.unigram_V
     after, numbers = train_steps(cfg, seams, state, s.peak, batches, unigram_V)
-    last = after.opt_state
-    by_decay = jax.tree.map(jnp.subtract, last.updates, last.free_updates)
+    last = jax.device_get(after.opt_state)
+    by_decay = jax.tree.map(np.subtract, last.updates, last.free_updates)
     trees = (after.params, last.gradients, last.squares, last.updates, by_decay, last.free_updates)
     parts = [train.by_group(tree, groups) for tree in trees]
     clip = min(1.0, cfg.optim.clip_norm / max(float(numbers["train/grad_norm"]), 1e-30))
     found = {"clip_factor": clip}
     for group in parts[0]:
         w, g, squares, u, d, rest = (part[group] for part in parts)
-        g, root = (jnp.concatenate([jnp.ravel(x) for x in part]) for part in (g, squares))
-        root = jnp.sqrt(root / REPLAYED)
-        small = jnp.sum((root > 0) & (root < cfg.optim.eps)) / jnp.maximum(jnp.sum(root > 0), 1)
-        decayed = float(optax.tree.norm(d))
+        root = np.concatenate([np.sqrt(x / REPLAYED).ravel() for x in squares])
+        small = ((root > 0) & (root < cfg.optim.eps)).sum() / max((root > 0).sum(), 1)
         found |= {
             f"gradient_{group}": rms(g),
-            f"zeros_{group}": float(jnp.mean(g == 0)),
+            f"zeros_{group}": float(np.mean(np.concatenate([x.ravel() for x in g]) == 0)),
             f"update_{group}": rms(u) / max(rms(w), 1e-30),
-            f"decay_share_{group}": decayed / max(decayed + float(optax.tree.norm(rest)), 1e-30),
+            f"decay_share_{group}": norm(d) / max(norm(d) + norm(rest), 1e-30),
             f"below_eps_{group}": float(small),
         }
     return found
@@ -191,18 +198,20 @@ def labels(s: Subject) -> dict:
     a spread of SPREAD where they are smaller, so that offsets differ by nats in any model: `offset`
     k of the x[t + k] whose cross-entropy is nearest, `offset_error` its distance, `loss_error` the
     distance at k = 1, the sound one."""
-    batch = jax.tree.map(lambda x: x[0], served(s.program, 1))
+    batch = jax.tree.map(lambda x: np.asarray(x[0]), served(s.program, 1))
     z_BLV = s.logits(batch.inputs, s.peak)
     z_BLV = z_BLV * max(1.0, SPREAD / max(float(jnp.mean(jnp.std(z_BLV, axis=-1))), 1e-30))
     hyper, unigram_V = arrays(s.program.replicates[0].hyper), s.program.evals.unigram_V
     trained = float(s.program.seams.loss(z_BLV, batch, hyper, unigram_V))
-    tokens = jnp.concatenate([batch.inputs, batch.targets[:, -1:]], axis=1)
+    tokens_BL = np.concatenate([batch.inputs, batch.targets[:, -1:]], axis=1)
     errors = []
     for k in OFFSETS:
-        n = min(batch.inputs.shape[1], tokens.shape[1] - k)
-        weights = batch.weights[:, max(k - 1, 0) :][:, :n]
-        shifted = Batch(batch.inputs[:, :n], tokens[:, k : k + n], weights)
-        errors.append(abs(float(cross_entropy(z_BLV[:, :n], shifted)) - trained))
+        n = min(batch.inputs.shape[1], tokens_BL.shape[1] - k)  # positions that have a target
+        targets_BL, weights_BL = np.zeros_like(batch.targets), np.zeros_like(batch.weights)
+        targets_BL[:, :n] = tokens_BL[:, k : k + n]
+        weights_BL[:, :n] = batch.weights[:, max(k - 1, 0) :][:, :n]
+        nats = cross_entropy(z_BLV, Batch(batch.inputs, targets_BL, weights_BL))
+        errors.append(abs(float(nats) - trained))
     best = int(np.argmin(errors))
     return {"offset": OFFSETS[best], "offset_error": errors[best], "loss_error": errors[1]}
 
@@ -223,14 +232,14 @@ def displacement(s: Subject) -> dict:
     number of `logit_gain`, at the start."""
     matrices = train.matrices(s.start.params).values()
     found = moved(s.params, s.start.params)
-    found["start_latent"] = float(np.mean([jnp.mean(jnp.abs(w)) for w in matrices]))
+    found["start_latent"] = float(np.mean([np.abs(np.asarray(w)).mean() for w in matrices]))
     return found | {"start_gain": logit_gain(s)}
 
 
 def moved(params, start) -> dict:
     """`moved_G`, `norm_G` and `codes_changed` of `displacement`."""
     groups = optim.param_groups(params)
-    distance = train.by_group(jax.tree.map(jnp.subtract, params, start), groups)
+    distance = train.by_group(jax.tree.map(lambda a, b: np.asarray(a) - b, params, start), groups)
     now, then = train.by_group(params, groups), train.by_group(start, groups)
     found = {}
     for group in now:

@@ -69,7 +69,7 @@ def test_the_difference_to_the_unigram_is_that_of_the_losses_on_the_same_positio
     assert found["loss"] == pytest.approx(
         float(cross_entropy(s.logits(rows.inputs), rows)), rel=1e-5
     )
-    assert 0 < found["unigram_error"] < found["unigram_difference"]
+    assert 0 < found["minus_unigram_se"] < found["minus_unigram"]
 
 
 def test_without_attention_the_tokens_before_the_last_one_do_not_matter(untied):
