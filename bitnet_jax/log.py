@@ -158,9 +158,13 @@ def _replicate_and_kind(path, number, line) -> tuple:
 
 def _numbered_lines(path) -> Iterator[tuple[int, bytes]]:
     """Lines that end; one without its line break was cut off."""
-    if path.exists():
+    if not path.exists():
+        return
+    try:
         with path.open("rb") as file:
             yield from ((n, line) for n, line in enumerate(file, 1) if line.endswith(b"\n"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _parse(path, number, line) -> dict:
@@ -183,7 +187,13 @@ class Metrics:
         from tensorboardX import SummaryWriter
 
         self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        rows = read_rows(self.path)
+        for number, row in enumerate(rows, 1):
+            if type(row.get("step")) is not int or row.get("replicate") not in range(
+                len(replicates)
+            ):
+                raise UserError(f"{self.path}:{number}: no row of this run: no step or replicate")
+        kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(replicates):  # cut off while the first rows were written
             kept = []
         temporary = self.path.with_name("metrics.jsonl.tmp")
@@ -328,7 +338,10 @@ def progress_line(labels: list[str], states: dict[int, dict], places: list[str],
     def name(row):
         return row["collapse/verdict"] + "!" * bool(row["collapse/warnings"])
 
-    full = [f"{labels[i]} {name(row)} {row['eval/loss']:.2f}" for i, row in worst_first]
+    losses = [f" {row['eval/loss']:.2f}" if "eval/loss" in row else "" for _, row in worst_first]
+    full = [
+        f"{labels[i]} {name(row)}{loss}" for (i, row), loss in zip(worst_first, losses, strict=True)
+    ]
     short = [f"{labels[i]} {name(row)}" for i, row in worst_first]
     counts = Counter(name(row) for _, row in worst_first[1:])
     rest = [f"{n} {verdict}" for verdict, n in counts.items()]

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bitnet_jax import checkpoint, collapse, config, log, optim, presets, run
+from bitnet_jax import checkpoint, config, log, optim, presets, restore, run, verdict, workdir
 from bitnet_jax import program as programs
 from bitnet_jax.config import UserError
+from bitnet_jax.recorder import RATE_BLOCK, Recorder, rate_sum
 
 ROOT = Path(__file__).parents[1]
 TEXT = "\n".join(f"the {n} cats sat on the {n % 7} mats, and {n * n} dogs ran." for n in range(900))
@@ -107,11 +108,11 @@ def error_of(kind, cfg, workdir, **options):
 def test_workdir_of_a_finished_run(cfg, finished):
     workdir, summary = finished
     names = {p.name for p in workdir.iterdir()}
-    expected = "config.json metrics.jsonl checkpoints tb summary.json report.html"
+    expected = "config.json tokenizer metrics.jsonl checkpoints tb summary.json report.html"
     assert names == set(expected.split())
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert (summary["step"], summary["finished"]) == (STEPS, True)
-    assert [r["name"] for r in summary["replicates"]] == ["report", "b158"]
+    assert [r["name"] for r in summary["replicates"]] == ["coupled", "published"]
     described = json.loads((workdir / "config.json").read_text())
     written, replicates = config.from_json(described)
     assert replicates == replicates_of(cfg)
@@ -138,37 +139,58 @@ def test_rows_are_complete_and_valid_json(finished):
 
 def test_rows_and_summary_hold_the_verdict_of_the_history(cfg, finished):
     """Recomputed from the rows: those of a step's training belong to its evaluation."""
-    workdir, summary = finished
-    rows = rows_of(workdir)
-    references = json.loads((workdir / "config.json").read_text())["references"]
+    folder, summary = finished
+    rows = rows_of(folder)
+    references = json.loads((folder / "config.json").read_text())["references"]
     for i, rep in enumerate(replicates_of(cfg)):
-        sum_lr = np.cumsum(optim.learning_rate(rep.hyper, np.arange(STEPS + 1), cfg.run))
-        history, train = [], {}
+        rates = np.asarray(optim.learning_rate(rep.hyper, np.arange(1, STEPS + 1), cfg.run))
+        sum_lr = np.cumsum([0.0, *rates.astype(float)])
+        judge, train = verdict.Judge(references), {}
         for row in (row for row in rows if row["replicate"] == i):
             if row["kind"] == "train":
                 train = row
                 continue
-            history.append(train | row | {"sum_lr": float(sum_lr[row["step"]])})
-            want = collapse.verdict(history, references)
-            found = [row[f"collapse/{key}"] for key in ("verdict", "evidence", "next", "warnings")]
-            assert found == [want.name, want.evidence, want.next, list(want.warnings)]
-        last = summary["replicates"][i]
-        assert [last[key] for key in ("verdict", "evidence", "next", "warnings")] == found
-    assert "decay/norm_ratio_embedding" in history[-1]
+            judged = train | row | {"sum_lr": float(sum_lr[row["step"]])}
+            want = judge.update(judged).as_row()
+            assert {key: row[key] for key in want} == want
+        entry = summary["replicates"][i]
+        assert {f"collapse/{key}": entry[key] for key in ("verdict", "evidence", "next")} == {
+            key: want[key] for key in want if key != "collapse/warnings"
+        }
+        assert entry["held_out"]["loss"] == row.get("held_out/loss", row["eval/loss"])
+        assert entry["failed"] is None
+    assert "decay/norm_ratio_embedding" in judged
 
 
-def test_a_resumed_run_judges_by_the_rows_before(cfg, finished):
+def test_the_sum_of_learning_rates_does_not_depend_on_the_order_of_questions(cfg):
+    """Also where it crosses the blocks it is made of."""
+    long = replace(cfg.run, steps=2 * RATE_BLOCK + 9)
+    hyper = replicates_of(cfg)[0].hyper
+    whole = np.asarray(optim.learning_rate(hyper, np.arange(1, long.steps + 1), long), np.float64)
+    total = rate_sum(hyper, long)
+    for step in (long.steps, 0, RATE_BLOCK, RATE_BLOCK + 1, 7):
+        assert total(step) == pytest.approx(whole[:step].sum(), rel=1e-12)
+
+
+def test_a_resumed_run_judges_by_the_rows_before(cfg, finished, tmp_path):
     """As bytes too, in the tests below; here the history is long enough to tell."""
     program = programs.build(cfg, replicates_of(cfg))
     far = 1e3 + np.arange(2)
     numbers = {f"collapse/{k}": far for k in ("mutual_information", "unigram_kl", "logit_std")}
     numbers |= {"eval/loss": far, "collapse/entropy": far - 5}
-    whole, written = run.row_maker(program), []
+    trained = {"train/lr": far, "failed": np.zeros(2, int)}
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        folder.mkdir()
+    whole = Recorder(program, tmp_path / "whole", 0)
     for step in (5, 10, 15, 20):
-        rows = whole(step, {"train/lr": far}, numbers)
-        assert run.row_maker(program, written)(step, {"train/lr": far}, numbers) == rows
-        written += json.loads(json.dumps(rows))
-    assert [row["collapse/verdict"] for row in written if row["kind"] == "eval"] == [
+        whole.write(step, None, trained, numbers)
+        part = Recorder(program, tmp_path / "parts", step - 5)
+        part.write(step, None, trained, numbers)
+        part.close()
+    whole.close()
+    rows = rows_of(tmp_path / "whole")
+    assert rows_of(tmp_path / "parts") == rows
+    assert [row["collapse/verdict"] for row in rows if row["kind"] == "eval"] == [
         *["unigram_transit"] * 4,
         *["overconfident"] * 4,
     ]
@@ -199,10 +221,9 @@ def test_resuming_a_finished_run_changes_no_result(cfg, finished):
         ("run.steps=40", "run.steps=30, not 40"),
         ("run.eval_every=3", "run.eval_every=5, not 3"),
         ("model.d_ff=128", "model.d_ff=64, not 128"),
-        ("data.seed=1", "data.seed=0, not 1"),
         ("data.seq_len=8", "data.seq_len=16, not 8"),
         ("optim.beta2=0.9", "optim.beta2=0.95, not 0.9"),
-        ("run.recipes=b158", "run.recipes=['report', 'b158'], not ['b158']"),
+        ("run.recipes=published", "run.recipes=['coupled', 'published'], not ['published']"),
     ],
 )
 def test_resuming_with_other_settings_is_refused(cfg, finished, assignment, message):
@@ -213,11 +234,14 @@ def test_resuming_with_other_settings_is_refused(cfg, finished, assignment, mess
     assert contents(workdir) == before
 
 
-def test_resuming_with_other_replicates_is_refused(cfg, finished):
-    workdir, _ = finished
-    for others in (presets.make_replicates(cfg, [1], {}), replicates_of(cfg, lr_peak=1e-3)):
-        with pytest.raises(UserError, match="other recipes, seeds or hyper"):
-            run.run(cfg, others, workdir, resume=True)
+def test_resuming_with_other_replicates_names_the_first_number_that_differs(cfg, finished):
+    for others, named in (
+        (presets.make_replicates(cfg, [1], {}), "replicates[0].seed=0, not 1"),
+        (replicates_of(cfg, lr_peak=1e-3), "replicates[0].hyper.lr_peak=0.0015, not 0.001"),
+    ):
+        with pytest.raises(UserError) as caught:
+            run.run(cfg, others, finished[0], resume=True)
+        assert f"was started with {named};" in str(caught.value)
 
 
 def test_resuming_on_another_corpus_is_refused(cfg, finished, tmp_path):
@@ -238,7 +262,7 @@ def test_vocab_mismatch_names_both_sizes(cfg, tmp_path):
     other = replace(cfg, model=replace(cfg.model, vocab_size=299))
     message = error_of(UserError, other, tmp_path / "run")
     assert "model.vocab_size=299" in message and "bpe:300 has 300 tokens" in message
-    assert not any((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def interrupt_at(monkeypatch, signum, step):
@@ -317,7 +341,7 @@ def test_a_fork_of_one_replicate_copies_it_to_all(cfg, finished, tmp_path):
     reference, _ = finished
     forked = with_init(cfg, f"{reference}@{SAVE}:1")
     program = programs.build(forked, replicates_of(forked))
-    state, step = programs.start_state(program, tmp_path)
+    state, step = restore.start_state(program, tmp_path)
     assert step == SAVE
     assert jax.tree.map(lambda x: x.sharding, state) == program.state_sharding
     one = jax.tree.map(lambda x: x[1], state_at(cfg, reference, SAVE))
@@ -329,7 +353,7 @@ def test_a_fork_without_a_step_takes_the_last(cfg, finished, tmp_path):
     reference, _ = finished
     longer = replace(cfg, run=replace(cfg.run, steps=2 * STEPS))
     program = programs.build(with_init(longer, reference), replicates_of(longer))
-    state, step = programs.start_state(program, tmp_path)
+    state, step = restore.start_state(program, tmp_path)
     assert step == STEPS
     assert_same(jax.device_get(state), state_at(cfg, reference, STEPS))
 
@@ -340,7 +364,7 @@ def test_a_fork_without_a_step_takes_the_last(cfg, finished, tmp_path):
         ("{none}", "no checkpoints in"),
         ("{none}@15", "no checkpoints in"),
         ("{run}@last", "write it as WORKDIR[@STEP[:REPLICATE]]"),
-        ("{run}@15:b158", "write it as WORKDIR[@STEP[:REPLICATE]]"),
+        ("{run}@15:published", "write it as WORKDIR[@STEP[:REPLICATE]]"),
         ("{run}@-15", "write it as WORKDIR[@STEP[:REPLICATE]]"),
         ("{run}@7", "no checkpoint of step 7; there: [15, 30]"),
         ("{run}", "step 30 is past run.steps=30"),
@@ -348,11 +372,11 @@ def test_a_fork_without_a_step_takes_the_last(cfg, finished, tmp_path):
     ],
 )
 def test_a_fork_that_cannot_be_is_named(cfg, finished, tmp_path, source, message):
-    """Nothing stays in the workdir, so the corrected command is not refused."""
-    workdir = tmp_path / "fork"
+    """No folder stays."""
+    workdir = tmp_path / "new" / "fork"
     source = source.format(run=finished[0], none=tmp_path / "none")
     assert message in error_of(UserError, with_init(cfg, source), workdir)
-    assert not any(workdir.iterdir())
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_fork_of_another_shape_is_named(cfg, finished, tmp_path):
@@ -361,27 +385,118 @@ def test_a_fork_of_another_shape_is_named(cfg, finished, tmp_path):
     assert "checkpoint of another shape" in message
 
 
-def test_failure_names_step_replicate_and_tensor(cfg, finished, tmp_path):
-    """The first update of stage 2 is infinite for the second replicate; the next one meets it."""
-    reference, _ = finished
-    report, b158 = replicates_of(cfg)
-    b158 = replace(b158, hyper=b158.hyper.replace(lr_stage2_start=float("inf")))
-    with pytest.raises(run.TrainingFailed) as caught:
-        run.run(cfg, [report, b158], tmp_path / "run")
-    message = str(caught.value)
-    assert f"step {SAVE + 2}, replicate 1 (b158, seed 0): parameter block_0/attn/k/ker" in message
-    assert message.endswith(f"is not finite; last good checkpoint: step {SAVE}")
-    assert "\n" not in message
+def broken(rep):
+    """A replicate whose first update of stage 2 is infinite."""
+    return replace(rep, hyper=rep.hyper.replace(lr_stage2_start=float("inf")))
+
+
+def test_a_replicate_that_diverges_freezes_and_the_others_go_on(cfg, finished, tmp_path):
+    reference, whole = finished
+    coupled, published = replicates_of(cfg)
+    summary = run.run(cfg, [coupled, broken(published)], tmp_path / "run")
+    good, bad = summary["replicates"]
+    assert good == whole["replicates"][0] and summary["finished"] and summary["step"] == STEPS
+    assert bad["verdict"] == "nonfinite"
+    assert bad["failed"] == {"step": SAVE + 1, "what": "the update", "lr": float("inf")}
+    rows, want = rows_of(tmp_path / "run"), rows_of(reference)
+    assert [r for r in rows if not r["replicate"]] == [r for r in want if not r["replicate"]]
+    last = [row for row in rows if row["replicate"]][-1]
+    assert (last["step"], last["kind"], last["failed"]) == (SAVE + EVERY, "eval", bad["failed"])
+    state = state_at(cfg, tmp_path / "run", STEPS)
+    assert_same(*(jax.tree.map(lambda x: x[1], s.params) for s in (
+        state, state_at(cfg, reference, SAVE)
+    )))  # fmt: skip
+
+
+def test_a_run_with_a_failed_replicate_resumes_bitwise(cfg, tmp_path, monkeypatch):
+    coupled, published = replicates_of(cfg)
+    replicates = [coupled, broken(published)]
+    run.run(cfg, replicates, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(run.Interrupted):
+        interrupt_at(patch, signal.SIGTERM, SAVE + EVERY)
+        run.run(cfg, replicates, tmp_path / "run")
+    summary = run.run(cfg, replicates, tmp_path / "run", resume=True)
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+    assert summary["replicates"][1]["failed"]["step"] == SAVE + 1
+
+
+def test_one_replicate_alone_stops_when_it_fails(cfg, tmp_path):
+    summary = run.run(cfg, [broken(replicates_of(cfg)[1])], tmp_path / "run")
+    assert summary["finished"] and SAVE < summary["step"] < STEPS
     assert checkpoint.kept_steps(tmp_path / "run") == [SAVE]
-    assert_same(state_at(cfg, tmp_path / "run", SAVE), state_at(cfg, reference, SAVE))
-    assert {row["step"] for row in rows_of(tmp_path / "run")} == {0, 5, 10, 15}
+    assert all(np.isfinite(x) for row in rows_of(tmp_path / "run") for x in row.values()
+               if isinstance(x, float))  # fmt: skip
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_stops_when_all_have_collapsed_and_can_go_on(cfg, finished, tmp_path, monkeypatch):
+    reference, whole = finished
+    monkeypatch.setattr(verdict, "collapsed", lambda found: found.name != "init")
+    summary = start(cfg, tmp_path / "run", stop_when_collapsed=True)
+    assert not summary["finished"]
+    assert checkpoint.kept_steps(tmp_path / "run")[-1] == summary["step"] < STEPS
+    summary = start(cfg, tmp_path / "run", resume=True)
+    assert summary["finished"] and summary["replicates"] == whole["replicates"]
+    assert rows_of(tmp_path / "run") == rows_of(reference)
+
+
+# The workdir
+
+
+def test_two_cannot_hold_a_workdir(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    with (
+        workdir.occupied(folder, resume=False),
+        pytest.raises(UserError) as caught,
+        workdir.occupied(folder, resume=True),
+    ):
+        pass
+    assert f"{folder}: in use by process {os.getpid()} on " in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_lock_that_a_dead_process_left_holds_nothing(tmp_path):
+    (tmp_path / workdir.LOCK).write_text("process 1 on elsewhere")
+    with workdir.occupied(tmp_path, resume=False):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_was_there_before_a_failed_start_stays(tmp_path):
+    with pytest.raises(KeyError), workdir.occupied(tmp_path / "runs" / "run", resume=False):
+        (tmp_path / "runs" / "other").mkdir()
+        raise KeyError
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"", b"\xff\xfe", b"{}", None])
+def test_a_damaged_file_of_a_workdir_is_one_line_or_made_again(
+    cfg, finished, tmp_path, name, content
+):
+    """None: a folder stands in its place. A summary without its entries is made again."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    (folder / "summary.json").rename(tmp_path / "summary.json")
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content + b"\n")
+    try:
+        summary = start(cfg, folder, resume=True)
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert name != "config.json" and summary["finished"]
 
 
 # Whole processes
 
 
 class Command:
-    """`python -m experiments.train` on a small model, with compilations shared by all processes."""
+    """`python -m bitnet_jax train` on a small model; all processes share compilations."""
 
     def __init__(self, shared, workdir):
         self.workdir = workdir
@@ -394,7 +509,8 @@ class Command:
             "run.save_every": 15,
             "run.checkpoint_every": 100,
         }
-        self.arguments = ["-m", "experiments.train", "--preset", "tiny", "--workdir", str(workdir)]
+        self.arguments = ["-m", "bitnet_jax", "train", "--preset", "tiny"]
+        self.arguments += ["--workdir", str(workdir)]
         for name, value in fields.items():
             self.arguments += ["--set", f"{name}={value}"]
         self.env = os.environ | {
@@ -467,9 +583,9 @@ def test_stopped_again_and_again(shared, whole, tmp_path):
         else:
             assert status == 128 + signum and "Traceback" not in output
             step = checkpoint.kept_steps(command.workdir)[-1]
-            assert output.splitlines()[-1] == (
-                f"stopped at step {step} and saved; go on with --resume --workdir {command.workdir}"
-            )
+            last = output.splitlines()[-1]
+            assert last.startswith(f"stopped at step {step} and saved; go on with: bitnet train ")
+            assert last.endswith(f"--resume --workdir {command.workdir}")
     command.finish()
     assert command.metrics.read_bytes() == whole.metrics.read_bytes()
     assert_same(command.state(), whole.state())
