@@ -155,7 +155,8 @@ def evaluate(cfg, params, hyper, tokenizer) -> dict[str, float]:
     bytes_V = np.pad(tokenizer.token_bytes_V, (0, n_vocab - tokenizer.vocab_size))
     evals = train.EvalData(
         small=held_out,
-        large=held_out,
+        large=None,  # not evaluated
+        large_nats_NKBL=None,
         tracked=None,
         unigram_V=unigram_V.astype(np.float32),
         token_bytes_V=bytes_V.astype(np.float32),
