@@ -47,7 +47,8 @@ def generate(
 
     `params` and `hyper` have a leading replicate axis; the prompts are shared. Row b's prompt is
     the first `lengths_B[b]` >= 1 tokens of `prompts_BP[b]`; what follows them has no influence.
-    After an end of text there is nothing but end of text. `sampling` is a Sampling.
+    After an end of text there is nothing but end of text. `end_of_text` is a token or several, the
+    first of which fills up. `sampling` is a Sampling.
     """
     decoding = begin(cfg, params, hyper, prompts_BP, lengths_B, n_new, seed)
     return extend(cfg, params, hyper, decoding, n_new, sampling, end_of_text)[1]
@@ -83,10 +84,10 @@ def begin(cfg: Config, params, hyper, prompts_BP, lengths_B, n_new: int, seed: i
 
 @partial(jax.jit, static_argnums=(0, 4))
 def extend(
-    cfg: Config, params, hyper, decoding: Decoding, n: int, sampling: Sampling, end_of_text: int
+    cfg: Config, params, hyper, decoding: Decoding, n: int, sampling: Sampling, end_of_text
 ) -> tuple[Decoding, jax.Array]:
     """Add `n` tokens to every continuation: the state after them, and the tokens [R, B, n]."""
-    model = Transformer(cfg.model)
+    model, ends = Transformer(cfg.model), jnp.atleast_1d(jnp.asarray(end_of_text))
 
     def one(params, hyper, decoding):
         def step(now, _):
@@ -99,14 +100,14 @@ def extend(
             )
             key_B = jax.vmap(jax.random.fold_in)(now.key_B, now.position_B)
             token_B = choose(logits_B1V[:, 0], now.seen_BV, key_B, sampling)
-            token_B = jnp.where(now.done_B, end_of_text, token_B)
+            token_B = jnp.where(now.done_B, ends[0], token_B)
             row_B = jnp.arange(len(token_B))
             after = now.replace(
                 cache=filled["cache"],
                 seen_BV=now.seen_BV.at[row_B, token_B].set(True, unique_indices=True),
                 token_B=token_B,
                 position_B=now.position_B + 1,
-                done_B=token_B == end_of_text,
+                done_B=jnp.isin(token_B, ends),
             )
             return after, token_B
 
@@ -172,9 +173,9 @@ def degeneration(tokens_BN, end_of_text: int) -> dict[str, float | None]:
     return out
 
 
-def until_end(tokens_N: np.ndarray, end_of_text: int) -> np.ndarray:
-    """The tokens before the first end of text."""
-    ends = np.flatnonzero(tokens_N == end_of_text)
+def until_end(tokens_N: np.ndarray, end_of_text) -> np.ndarray:
+    """The tokens before the first end of text: a token, or the first of several."""
+    ends = np.flatnonzero(np.isin(tokens_N, end_of_text))
     return tokens_N[: ends[0]] if len(ends) else tokens_N
 
 

@@ -238,6 +238,17 @@ def test_a_sampled_continuation_stops_at_its_end_of_text_and_others_go_on(simple
         assert after.tolist() == before[:n].tolist() + [end] * (N_NEW - n)
 
 
+def test_any_of_several_ends_of_text_ends_a_continuation(simple):
+    free = run(simple, temperature=1.0)
+    ends = np.array([NEVER, free[0, 0, 1], free[1, 2, 0]])
+    stopped = run(simple, temperature=1.0, end_of_text=ends)
+    for before, after in zip(free.reshape(-1, N_NEW), stopped.reshape(-1, N_NEW), strict=True):
+        n = len(generate.until_end(before, ends))
+        assert after[: n + 1].tolist() == before[: n + 1].tolist()
+        assert (after[n + 1 :] == NEVER).all()
+    assert len(generate.until_end(free[0, 0], ends)) <= 1
+
+
 @pytest.fixture(scope="module")
 def bytewise(tmp_path_factory):
     """A tokenizer whose tokens are single bytes."""

@@ -32,7 +32,8 @@ def main(argv: list[str]) -> None:
 
     prompts = read_prompts(args)
     model = restore.load_model(args.source)
-    prompts_BP, lengths_B = encode(model.tokenizer, prompts, args.tokens, model.cfg.data.seq_len)
+    context = model.cfg.data.seq_len
+    prompts_BP, lengths_B = encode(model.tokenizer, prompts, args.tokens, context, args.special)
     if args.packed:
         packed = replace(model.cfg, model=replace(model.cfg.model, weight_format="packed"))
         params = pack_params(model.params, model.cfg.model, model.hyper)
@@ -47,6 +48,7 @@ def parse(argv: list[str]) -> Namespace:
     flags.add_source(parser)
     add("--prompt", action="append", default=[], dest="prompts", help="may be repeated")
     add("--file", action="append", default=[], dest="files", type=Path, help="a prompt; as often")
+    add("--special", action="store_true", help="special tokens in prompts are those tokens")
     add("--tokens", type=int, default=64, help=f"new tokens {told}")
     add("--temperature", type=float, default=0.0, help=f"0: the most likely token {told}")
     add("--top-k", type=int, default=0, help=f"only the k most likely; 0: all {told}")
@@ -93,16 +95,17 @@ def read_prompts(args: Namespace) -> list[str]:
     return [prompt.decode("utf-8", "replace") for prompt in given]
 
 
-def encode(tokenizer, prompts: list[str], n_new: int, context: int):
+def encode(tokenizer, prompts: list[str], n_new: int, context: int, special: bool = False):
     """Padded tokens [B, P] and lengths [B]; raises UserError for a prompt that does not fit.
 
+    As the tokenizer encodes the start of a document; `special` as in `Tokenizer.encode_prompt`.
     A continuation may pass the `context`, the tokens of a window in training; a prompt may not.
     """
     import numpy as np
 
     from bitnet_jax.config import UserError
 
-    rows = tokenizer.encode_batch(prompts)
+    rows = [tokenizer.encode_prompt(prompt, special) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not len(row):
             raise UserError("the prompt is empty; give it at least one character")
@@ -126,7 +129,7 @@ def decode(model, prompts_BP, lengths_B, args: Namespace):
 
     from bitnet_jax import generate
 
-    cfg, end_of_text = model.cfg, model.tokenizer.end_of_text
+    cfg, ends = model.cfg, np.array(model.tokenizer.ends, np.int32)
     params = jax.tree.map(lambda x: np.asarray(x)[None], model.params)
     hyper = jax.tree.map(lambda x: np.full(1, x, np.float32), model.hyper)
     sampling = generate.Sampling(
@@ -145,9 +148,7 @@ def decode(model, prompts_BP, lengths_B, args: Namespace):
             cfg, params, hyper, prompts_BP, lengths_B, n_chunks * CHUNK, np.uint32(args.seed)
         )
         for _ in range(n_chunks):
-            state, tokens_RBN = generate.extend(
-                cfg, params, hyper, state, CHUNK, sampling, end_of_text
-            )
+            state, tokens_RBN = generate.extend(cfg, params, hyper, state, CHUNK, sampling, ends)
             new_BN = np.concatenate([new_BN, tokens_RBN[0]], axis=1)[:, : args.tokens]
             yield new_BN
             if np.asarray(state.done_B).all():
@@ -167,14 +168,14 @@ def write(model, prompts: list[str], decoded, args: Namespace) -> None:
     for new_BN in decoded:
         times.append(time.perf_counter())
         if alone:
-            text = finished_text(tokenizer, until_end(new_BN[0], tokenizer.end_of_text))
+            text = finished_text(tokenizer, until_end(new_BN[0], tokenizer.ends))
             print(printable(text[len(shown) :]), end="", flush=True)
             shown = text
     if len(times) > 1:  # the first chunk compiles
         rate = (len(times) - 1) * CHUNK * len(prompts) / (times[-1] - times[0])
         rate = f"{rate:.1f} tokens/s after the first {CHUNK}"
     for prompt, row in zip(prompts, new_BN, strict=True):
-        row = until_end(row, tokenizer.end_of_text)
+        row = until_end(row, tokenizer.ends)
         text = tokenizer.decode(row)
         print(printable(text[len(shown) :] if alone else prompt + text), flush=True)
         if len(times) > 1 and prompt is prompts[-1]:
