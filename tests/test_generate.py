@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from bitnet_jax import config, generate, hf, presets
+from bitnet_jax.cli import generate as command
 from bitnet_jax.config import UserError
 from bitnet_jax.generate import Sampling
 from bitnet_jax.model import Transformer, empty_cache, pack_params
 from bitnet_jax.tokenizer import Tokenizer, load_tokenizer
-from experiments import generate as script
 
 V, N_NEW = 61, 6
 LENGTHS_B = np.array([5, 2, 4], np.int32)
@@ -39,7 +39,7 @@ def random_model(**shape):
     """Two replicates with random weights that are large enough for their argmax to vary."""
     cfg = presets.preset("tiny")
     cfg = replace(cfg, model=replace(cfg.model, vocab_size=V, **shape))
-    hyper = config.Hyper(*(jnp.full(2, x, jnp.float32) for x in vars(config.Hyper()).values()))
+    hyper = jax.tree.map(lambda x: jnp.full(2, x, jnp.float32), config.Hyper())
     init = Transformer(cfg.model).init
     tokens_BL = jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), tokens_BL, config.Hyper())["params"])
@@ -259,7 +259,7 @@ def bytewise(tmp_path_factory):
 
 def pieces(tokenizer: Tokenizer, ids, n):
     """What a stream shows after each `n` tokens."""
-    return [script.printable(tokenizer, ids[:i]) for i in range(n, len(ids) + n, n)]
+    return [command.finished_text(tokenizer, ids[:i]) for i in range(n, len(ids) + n, n)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -275,37 +275,19 @@ def test_a_stream_never_shows_half_a_character_nor_takes_text_back(bytewise, n):
 
 def test_bytes_that_are_no_character_are_shown_once_text_follows(bytewise):
     ids = [*bytewise.encode_batch(["a"])[0], *bytewise.encode_batch(["\u732b"])[0][:2]]
-    assert script.printable(bytewise, ids) == "a"
-    after = script.printable(bytewise, [*ids, *bytewise.encode_batch(["b"])[0]])
+    assert command.finished_text(bytewise, ids) == "a"
+    after = command.finished_text(bytewise, [*ids, *bytewise.encode_batch(["b"])[0]])
     assert after[0] == "a" and after[-1] == "b" and set(after[1:-1]) == {"\ufffd"}
 
 
 def test_a_prompt_may_fill_the_context_and_its_continuation_pass_it(bytewise):
-    prompts_BP, lengths_B = script.encode(bytewise, ["abcd", "ab"], 100, context=4)
+    prompts_BP, lengths_B = command.encode(bytewise, ["abcd", "ab"], 100, context=4)
     assert prompts_BP.shape == (2, 4) and lengths_B.tolist() == [4, 2]
     with pytest.raises(UserError, match=r"abcde'\.\.\.: 5 tokens, but the model's context"):
-        script.encode(bytewise, ["ab", "abcde"], 1, context=4)
+        command.encode(bytewise, ["ab", "abcde"], 1, context=4)
 
 
-def test_a_hugging_face_folder_is_told_from_a_workdir(tmp_path):
-    """Also one whose config.json or weights are missing, so that its reader can say so."""
-    for name, files in {
-        "workdir": {"config.json": '{"model": {}, "replicates": []}'},
-        "whole": {"config.json": '{"model_type": "bitnet"}', "model.safetensors": ""},
-        "no weights": {"config.json": '{"model_type": "llama"}'},
-        "no config": {"model.safetensors.index.json": "{}"},
-    }.items():
-        (tmp_path / name).mkdir()
-        for file, text in files.items():
-            (tmp_path / name / file).write_text(text)
-    found = {path.name for path in tmp_path.iterdir() if script.is_hf_folder(path)}
-    assert found == {"whole", "no weights", "no config"}
-    assert not script.is_hf_folder(tmp_path / "not there")
-
-
-def test_a_hugging_face_folder_writes_the_same_text_packed_or_not(
-    bytewise, tmp_path, monkeypatch, capsys
-):
+def test_a_hugging_face_folder_writes_the_same_text_packed_or_not(bytewise, tmp_path, capsys):
     """Speed goes to standard error, so that standard output is the same."""
     cfg, params, _, _ = random_model(n_layers=1)
     cfg = replace(cfg, model=replace(cfg.model, vocab_size=257))
@@ -316,12 +298,10 @@ def test_a_hugging_face_folder_writes_the_same_text_packed_or_not(
     texts = []
     for folder, flags in (("latents", []), ("latents", ["--packed"]), ("codes", [])):
         argv = [str(tmp_path / folder), "--prompt", "a", "--tokens", "20", *flags]
-        monkeypatch.setattr("sys.argv", ["generate", *argv])
-        script.body()
-        told = capsys.readouterr()
-        assert told.out.startswith(f"{tmp_path / folder}: greedy\n\na")
-        assert told.err.endswith(" tokens/s after the first 16\n")
-        texts.append(told.out.partition("\n")[2])
+        command.main(argv)
+        printed = capsys.readouterr()
+        assert printed.out.startswith("a") and printed.err.endswith("\n[20 tokens]\n")
+        texts.append(printed.out)
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) > 20
 
 

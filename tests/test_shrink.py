@@ -9,7 +9,7 @@ from bitnet_jax import optim, presets, shrink
 from bitnet_jax.config import Hyper, OptimConfig, RunConfig
 from experiments import logits
 
-REPORT = RunConfig(steps=1000), presets.RECIPES["report"](1000)
+REPORT = RunConfig(steps=1000), presets.RECIPES["coupled"](1000)
 RNG = np.random.default_rng(0)
 
 
@@ -30,7 +30,7 @@ def test_the_weights_beyond_1_1_that_the_report_counts_follow_from_the_schedule(
 def test_starved_weights_equal_the_optimiser_without_loss_gradients():
     """Also where they overshoot 0, and with the schedule and the decay of both stages."""
     run = RunConfig(steps=200)
-    hyper = presets.RECIPES["report"](200).replace(decay_rest=0.5, lr_peak=2e-2)
+    hyper = presets.RECIPES["coupled"](200).replace(decay_rest=0.5, lr_peak=2e-2)
     start = np.array([-2.5, -1.0, 0.2, 0.9, 1.774])
     with jax.enable_x64(True):
         params = {"embed": {"embedding": jnp.asarray(start)}, "head": {"kernel": jnp.zeros(())}}
