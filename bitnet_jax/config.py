@@ -34,7 +34,9 @@ def _field(default, text, *, choices=None, within=None, bookkeeping=False):
     differ in it belong to one study.
     """
     metadata = {"help": text, "choices": choices, "within": within, "bookkeeping": bookkeeping}
-    return field(default=default, metadata=metadata)
+    return field(
+        **{"default_factory" if default is dict else "default": default}, metadata=metadata
+    )
 
 
 def shown(value, most: int = 60) -> str:
@@ -160,6 +162,9 @@ class DataConfig:
     )
     score_last: bool = _field(
         True, "score the last position of a window against the token that follows it"
+    )
+    stripped_lines: bool = _field(
+        False, "read lines without the white space around them, empty ones left out, as one text"
     )
     score_end: bool = _field(True, "score positions whose target is the end of a text")
 
@@ -287,14 +292,8 @@ class Hyper:
     quant_warmup_steps: float = _field(
         0.0, "steps in which both strengths grow linearly from 0", within=(0.0, 1e9)
     )
-    extra: dict[str, float] = field(
-        default_factory=dict,
-        metadata={
-            "help": "numbers that only an experiment's own loss, optimiser or quantiser reads",
-            "choices": None,
-            "within": None,
-            "bookkeeping": False,
-        },
+    extra: dict[str, float] = _field(
+        dict, "numbers that only an experiment's own loss, optimiser or quantiser reads"
     )
 
 

@@ -39,7 +39,7 @@ def load(cfg: DataConfig) -> TokenData:
     tokens, identity = {}, {"source": cfg.corpus, "sha256": sha256}
     identity["tokenizer"] = {"name": tokenizer.name, "key": tokenizer.key}
     for name, split in splits.items():
-        tokens[name], identity[name] = cached_tokens(name, split, tokenizer)
+        tokens[name], identity[name] = cached_tokens(name, split, tokenizer, cfg.stripped_lines)
         check_length(cfg, name, len(tokens[name]))
     return TokenData(tokens["train"], tokens["validation"], tokenizer, identity)
 

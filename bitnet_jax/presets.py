@@ -70,6 +70,7 @@ PRESETS = {
             track="first_batch",
             score_last=False,
             score_end=False,
+            stripped_lines=True,
         ),
         run=RunConfig(
             1000, ("coupled", "decoupled"), late_schedule=True, eval_every=5, save_every=250

@@ -51,16 +51,39 @@ def pieces(stream: Stream, tokenizer: Tokenizer | None = None) -> Stream:
             rest = ""
 
 
-def cached_tokens(name: str, split: Split, tokenizer: Tokenizer) -> tuple[np.ndarray, dict]:
+def stripped_lines(stream: Stream) -> Stream:
+    """Each line without the white space around it, empty ones left out, of a text that never ends.
+
+    So the code behind the troubleshooting report reads: every line is encoded alone, and nothing
+    stands between two. A line of more than MOST_CHARS characters is cut.
+    """
+    rest = ""
+    for text, ends in stream:
+        *lines, rest = (rest + text).split("\n")
+        if ends or len(rest) > MOST_CHARS:
+            lines, rest = [*lines, rest], ""
+        yield from ((line.strip(), False) for line in lines if line.strip())
+    if rest.strip():
+        yield rest.strip(), False
+
+
+def cached_tokens(
+    name: str, split: Split, tokenizer: Tokenizer, by_line: bool = False
+) -> tuple[np.ndarray, dict]:
     """Tokens of a split, memory-mapped, and its counts; tokenises unless the cache has them.
 
-    Each document has `tokenizer.begin` before and `tokenizer.close` after it.
+    Each document has `tokenizer.begin` before and `tokenizer.close` after it; `by_line`, there is
+    one document, of the `stripped_lines`, without an end.
     """
-    key = hashlib.sha256(f"{split.sha256} {tokenizer.key}".encode()).hexdigest()[:16]
-    path = cache.folder() / f"tokens-{key}.npy"
-    return cache.cached(
-        path, lambda: _read(path), lambda: _write(path, f"tokenizing {name}", split, tokenizer)
-    )
+    rule = f"{split.sha256} {tokenizer.key}" + " stripped lines" * by_line
+    path = cache.folder() / f"tokens-{hashlib.sha256(rule.encode()).hexdigest()[:16]}.npy"
+
+    def write():
+        stretches = split.read()
+        stretches = stripped_lines(stretches) if by_line else pieces(stretches, tokenizer)
+        _write(path, f"tokenizing {name}", split, stretches, tokenizer)
+
+    return cache.cached(path, lambda: _read(path), write)
 
 
 def _read(path: Path) -> tuple[np.ndarray, dict]:
@@ -79,7 +102,7 @@ def _map(file: BinaryIO) -> np.ndarray:
     return np.memmap(file, dtype, "r", file.tell(), shape)
 
 
-def _write(path: Path, title: str, split: Split, tokenizer: Tokenizer) -> None:
+def _write(path: Path, title: str, split: Split, stretches: Stream, tokenizer: Tokenizer) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.int32)
     begin, close = (np.array(ids, np.int32) for ids in (tokenizer.begin, tokenizer.close))
     counts = {"tokens": 0, "bytes": 0, "documents": 0, "sha256": split.sha256}
@@ -87,7 +110,7 @@ def _write(path: Path, title: str, split: Split, tokenizer: Tokenizer) -> None:
     with cache.replacing(path) as file, bar:
         _write_header(file, dtype, 0)
         starts = True
-        for batch in _batches(pieces(split.read(), tokenizer)):
+        for batch in _batches(stretches):
             rows = tokenizer.encode_batch([text for text, _ in batch])
             for ids_n, (_, ends) in zip(rows, batch, strict=True):
                 row = [begin[: starts * len(begin)], ids_n, close[: ends * len(close)]]

@@ -300,3 +300,15 @@ def test_splits_shorter_than_a_window_are_named(tmp_path, text):
     assert "data.validation" in message and "data.holdout" in message
     (tmp_path / "text" / "a.txt").write_text("x")
     assert "split train has 0 tokens" in error_of(text)
+
+
+def test_stripped_lines_are_encoded_one_by_one_with_nothing_between(text):
+    """No line break, no mark of an end, no word across two lines; in blocks of any size."""
+    by_line = data.load(replace(text, stripped_lines=True))
+    lines = [line.strip() for line in LINES.splitlines() if line.strip()]
+    encoded = np.concatenate(by_line.tokenizer.encode_batch(lines))
+    both = np.concatenate([by_line.train_N, by_line.validation_N])
+    assert both.tolist() == encoded.tolist()
+    assert by_line.tokenizer.end_of_text not in both
+    cuts = [list(tokens.stripped_lines(stream(LINES, block))) for block in (1, 13, 5000)]
+    assert cuts[0] == cuts[1] == cuts[2] == [(line, False) for line in lines]
