@@ -22,6 +22,8 @@ import jax.numpy as jnp
 class UserError(Exception):
     """A mistake in what the user asked for: shown as one line, exit status 2."""
 
+    exit_status = 2
+
 
 POSITIVE = (1e-30, 1e30)  # numbers that float32 holds, with room for their products
 COUNT = (1, 2**31 - 1)  # indices on the device are int32

@@ -17,7 +17,15 @@ from experiments.lab.claims import Claim
 from experiments.lab.exhibits import change
 from experiments.lab.experiment import experiment
 from experiments.lab.measures import first_below_unigram, large_weights
-from experiments.lab.stats import NotEnough, difference, ended, learned, mean, of, severe_share
+from experiments.lab.stats import (
+    NotEnough,
+    difference,
+    ended,
+    learned,
+    mean,
+    of,
+    severe_share,
+)
 from experiments.lab.studies import BOOKS, FULL, TRACKED
 from experiments.lab.studies import QUICK_TRACKED as QUICK
 

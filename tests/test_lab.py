@@ -8,10 +8,21 @@ import types
 import numpy as np
 import pytest
 
-from bitnet_jax import presets
+from bitnet_jax import charts, presets
 from bitnet_jax.config import UserError
 from bitnet_jax.metrics import LOSS
-from experiments.lab import arms, build, claims, exhibits, experiment, pages, rows, stats, studies
+from experiments.lab import (
+    arms,
+    build,
+    claims,
+    exhibits,
+    experiment,
+    headline,
+    pages,
+    rows,
+    stats,
+    studies,
+)
 from experiments.lab.arms import Arm, Request
 from experiments.lab.claims import FAILS, HOLDS, UNDECIDED, Claim
 from experiments.lab.stats import NotEnough
@@ -253,21 +264,29 @@ def test_the_build_fails_when_the_index_tells_what_does_not_hold(
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
     rows.append("toy", made)
     module = types.SimpleNamespace(
-        __doc__="Is b lower?", CLAIMS=(LOWER,), show=lambda df, shown: shown.table(df)
+        __doc__="Is b lower?",
+        CLAIMS=(LOWER,),
+        show=lambda df, shown: shown.table(df),
     )
     monkeypatch.setattr(experiment, "load", lambda name: module)
     for name, text in (
         ("INDEX", "<!-- index: -->\n<!-- end -->\n"),
-        ("README", "<!-- claims: toy/lower -->\n<!-- end -->\n"),
+        ("README", "<!-- table: -->\n<!-- end -->\n<!-- claims: toy/lower -->\n<!-- end -->\n"),
     ):
         path = tmp_path / f"{name}.md"
         path.write_text(text)
         monkeypatch.setattr(build, name, path)
     monkeypatch.setattr(build, "PAGES", tmp_path)
+    panel = charts.Panel([charts.Series("a", [0, 1], [0, 1])], "a", "b")
+    monkeypatch.setattr(headline, "PICTURE", tmp_path / "answer.svg")
+    monkeypatch.setattr(headline, "read", lambda: None)
+    monkeypatch.setattr(headline, "picture", lambda df: [panel])
+    monkeypatch.setattr(headline, "table", lambda df: (["arm"], [["a"]]))
     monkeypatch.setattr(build, "QUESTIONS", ("toy",))
     assert build.main() == status
     told = [(tmp_path / f"{name}.md").read_text() for name in ("INDEX", "README")]
-    assert all(LOWER.text in text and (FAILS in text) == bool(status) for text in told)
+    assert all("is lower" in text and (FAILS in text) == bool(status) for text in told)
+    assert "| arm |" in told[1]
     before = list(told)
     build.main()
     assert [(tmp_path / f"{name}.md").read_text() for name in ("INDEX", "README")] == before
@@ -281,11 +300,11 @@ def test_a_claim_is_short():
 def test_marked_parts_are_rebuilt_and_an_unknown_claim_is_refused():
     finding = claims.Finding(LOWER, TINY, HOLDS, 3)
     text = "head\n<!-- claims: toy/lower -->\nold\n<!-- end -->\ntail\n"
-    once = build.rebuild(text, {"toy": [finding]})
-    assert "b is lower" in once and "old" not in once and once.startswith("head\n")
-    assert build.rebuild(once, {"toy": [finding]}) == once
+    once = build.rebuild(text, {"toy": [finding]}, ())
+    assert "B is lower" in once and "old" not in once and once.startswith("head\n")
+    assert build.rebuild(once, {"toy": [finding]}, ()) == once
     with pytest.raises(UserError, match="lower"):
-        build.rebuild(text.replace("toy/lower", "toy/lowre"), {"toy": [finding]})
+        build.rebuild(text.replace("toy/lower", "toy/lowre"), {"toy": [finding]}, ())
 
 
 # ----------------------------------------------------------------------------------------- exhibits

@@ -62,6 +62,7 @@ class Request:
     only: tuple[str, ...] = ()  # parts of the names of the arms to train; empty: all
     recipes: tuple[str, ...] = ()  # of the arms to train; empty: all
     assigned: tuple[str, ...] = ()  # fields that --set gave
+    dry_run: bool = False
     at_once: int | None = None
 
 
@@ -155,6 +156,12 @@ def groups(request: Request, arms: list[Arm]) -> list[Group]:
             cfg_ = dataclasses.replace(cfg, run=run_)
             found.append(Group(cfg_, with_same_extra(made), list(bases), seams))
     return found
+
+
+def describe(group: Group) -> str:
+    """One line: replicates, length and arms."""
+    names = ", ".join(dict.fromkeys(rep.name for rep in group.replicates))
+    return f"{len(group.replicates)} replicates, {group.cfg.run.steps} steps: {names}"
 
 
 def replicates(request: Request, arm: Arm, length: int) -> tuple[Config, list[Replicate], dict]:

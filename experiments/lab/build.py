@@ -9,9 +9,10 @@ claim that does not hold, or has not enough rows, where it is told.
 import re
 from pathlib import Path
 
+from bitnet_jax import charts
 from bitnet_jax.cli import flags
 from bitnet_jax.config import check_known
-from experiments.lab import experiment, pages, rows
+from experiments.lab import experiment, headline, pages, rows
 from experiments.lab.claims import HOLDS, UNDECIDED, Finding
 from experiments.lab.pages import Part
 
@@ -32,10 +33,12 @@ def main() -> int:
         for finding in findings:
             print(pages.status_line(name, finding))
             wrong += finding.is_told and finding.status != HOLDS
+    df = headline.read()
+    charts.save_figure(headline.PICTURE, headline.picture(df))
     for path in (INDEX, README):
-        path.write_text(rebuild(path.read_text(), found))
-    told = sum(f.is_told for findings in found.values() for f in findings)
-    print(f"{told} told, {wrong} of them not borne out; pages: {PAGES}")
+        path.write_text(rebuild(path.read_text(), found, headline.table(df)))
+    n_told = sum(f.is_told for findings in found.values() for f in findings)
+    print(f"{n_told} told, {wrong} of them not borne out; pages: {PAGES}")
     return 1 if wrong else 0
 
 
@@ -60,56 +63,66 @@ def complete(claims, parts: list[Part]) -> list[Finding]:
     return found + absent
 
 
-def rebuild(text: str, found: dict[str, list[Finding]]) -> str:
+def rebuild(text: str, found: dict[str, list[Finding]], table: tuple) -> str:
     """A document with its marked parts rewritten; raises UserError for a claim that is not there.
 
-    `<!-- claims: QUESTION/CLAIM ... -->` lists claims, `<!-- index: -->` all of them by question;
-    each ends at `<!-- end -->`.
+    `<!-- claims: QUESTION/CLAIM ... -->` lists claims, `<!-- index: -->` all of them by question,
+    `<!-- table: -->` is the heads and lines of `table`; each ends at `<!-- end -->`.
     """
 
     def part(match: re.Match) -> str:
         kind, wanted = match.groups()
-        body = index(found) if kind == "index" else claim_list(wanted.split(), found)
+        if kind == "table":
+            body = markdown(*table)
+        else:
+            body = index(found) if kind == "index" else claim_list(wanted.split(), found)
         head = f"<!-- {kind}: {wanted} -->".replace("  ", " ")
         return f"{head}\n\n{body}\n\n<!-- end -->"
 
     return MARKED.sub(part, text)
 
 
+def markdown(heads: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    told = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in told)
+
+
 def claim_list(wanted: list[str], found: dict[str, list[Finding]]) -> str:
-    """One line per claim: its text, where it holds, and its question."""
+    """One line per claim: its text, where it holds with its seeds, and its question."""
     lines = []
     for place in wanted:
         name, _, claim = place.partition("/")
-        check_known(name, found, "question in README:")
+        check_known(name, found, "question of a claim:")
+        check_known(claim, {f.claim.name: f for f in found[name]}, f"claim of {name}:")
         mine = [f for f in found[name] if f.claim.name == claim]
-        if not mine:
-            check_known(claim, {f.claim.name: f for f in found[name]}, f"claim of {name}:")
-        lines.append(
-            f"- **{mine[0].claim.text}** {where(mine)} ([`{name}`](experiments/{name}.py))"
-        )
+        places = [f"{study} (n = {n})" for study, n in told(mine)]
+        text = mine[0].claim.text
+        where = f"{', '.join(places)}; [`{name}`](experiments/{name}.py)"
+        lines.append(f"- **{text[0].upper()}{text[1:]}**: {where}")
     return "\n".join(lines)
 
 
-def where(findings: list[Finding]) -> str:
-    """Where a claim is told, with its seeds, and what else the rows say there."""
-    told = [f for f in findings if f.is_told]
-    return "; ".join(
-        f"{f.study.name}, n = {f.seeds}" + ("" if f.status == HOLDS else f": {f.status}")
-        for f in told
-    )
+def told(findings: list[Finding]) -> list[tuple[str, int]]:
+    """The studies that a claim is told of, with what is wrong there, and their seeds per arm."""
+    return [
+        (f.study.name + ("" if f.status == HOLDS else f": {f.status}"), f.seeds)
+        for f in findings
+        if f.is_told
+    ]
 
 
 def index(found: dict[str, list[Finding]]) -> str:
     """The index: a line per claim, and below it the commands that gave the rows."""
-    lines = ["| question | answer | where it holds | command |", "|---|---|---|---|"]
+    lines = ["| question | answer | where it holds | n | command |", "|---|---|---|---|---|"]
     details = []
     for name, findings in found.items():
         question = experiment.load(name).__doc__.strip().partition("\n")[0]
         cells = [f"[{question}]({name}.py)", f"`python -m experiments.{name}`"]
         for claim in dict.fromkeys(f.claim for f in findings):
             mine = [f for f in findings if f.claim == claim]
-            line = (cells[0], claim.text, where(mine), cells[1])
+            places, n = zip(*told(mine), strict=True)
+            line = (cells[0], claim.text, "; ".join(places), "; ".join(map(str, n)), cells[1])
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
             cells = ["", ""]
         made = rows.read(name)

@@ -42,6 +42,9 @@ def experiment(
         )
         check(request.cfg)
         flags.prepare()
+        if request.dry_run:
+            print("\n".join(map(arms.describe, arms.groups(request, list(arms_)))))
+            return 0
         made = train(request, list(arms_), measure)
         rows.append(name, made)
         pages.tell(name, doc, claims_, show, made, request.workdir / "page.html")
@@ -84,6 +87,7 @@ def parse(
         only=tuple(args.only.split(",")) if args.only else (),
         recipes=run.cfg.run.recipes if "run.recipes" in assigned else (),
         at_once=args.at_once,
+        dry_run=run.dry_run,
         assigned=assigned,
     )
 

@@ -1,0 +1,55 @@
+"""README's table and picture: the coupled recipe, AdamW for Adam, and the published recipe."""
+
+import pandas as pd
+
+from bitnet_jax import charts
+from bitnet_jax.metrics import DISTINCT, ENTROPY, LOSS
+from experiments.end_collapse import ADAMW, COUPLED, PUBLISHED
+from experiments.lab import rows, studies
+from experiments.lab.stats import mean, of, seeds
+
+PICTURE = rows.FOLDER / "answer.svg"
+
+
+def read() -> pd.DataFrame:
+    """The rows of the largest study."""
+    made = rows.read("end_collapse")
+    return rows.frame([row for row in made if rows.study(row) == studies.FULL.identity])
+
+
+def table(df) -> tuple[list[str], list[list[str]]]:
+    """README's table: heads and lines, at the shortest length."""
+    arms, reference = (COUPLED, ADAMW, PUBLISHED), df["references"].iloc[0]
+    lines = []
+    for title, column, spec, reported, unigram in (
+        ("distinct predictions, stage 2", "unique_stage2", ".1f", "3.6", "1"),
+        ("training loss, last step", "train_loss/final", ".2f", "9.92", ""),
+        ("held-out loss", LOSS, ".2f", "", f"{reference['unigram']['loss']:.2f}"),
+        ("entropy, last step", ENTROPY, ".2f", "10.7", f"{reference['unigram']['entropy']:.2f}"),
+        ("weights above 1.1", "above_1.1/all", ",.0f", "981,223", ""),
+    ):
+        cells = [mean(df, arm, column).text(spec) for arm in arms]
+        lines.append([title, reported, *cells, unigram])
+    steps, n = of(df, COUPLED)["steps"].iloc[0], seeds(df)
+    heads = [f"after {steps} steps, n = {n}", "the report", *arms, "unigram predictor"]
+    return heads, lines
+
+
+def picture(df) -> list[charts.Panel]:
+    """README's picture: distinct predictions and loss of three recipes, a line per seed."""
+    reference, steps = df["references"].iloc[0], int(of(df, COUPLED)["steps"].iloc[0])
+    series = {
+        key: [
+            charts.Series(arm, curve["step"], curve[key])
+            for arm in (COUPLED, ADAMW, PUBLISHED)
+            for curve in of(df, arm, steps)["curve"]
+        ]
+        for key in (DISTINCT, LOSS)
+    }
+    text = (("text", reference["targets"]["distinct"]),)
+    losses = tuple((name, reference[name]["loss"]) for name in ("uniform", "unigram", "bigram"))
+    title = f"Distinct predictions of {reference['tracked_positions']}"
+    return [
+        charts.Panel(series[DISTINCT], title, "tokens", steps // 2, text),
+        charts.Panel(series[LOSS], "Held-out loss", "nats per token", steps // 2, losses),
+    ]
