@@ -126,12 +126,18 @@ REGULARISERS = {
 }
 
 
-def regularised_loss(
-    logits_BLV: jax.Array, batch: Batch, hyper: Hyper, unigram_V: jax.Array
+def penalty(
+    logits_BLV: jax.Array, batch: Batch, weights: dict[str, jax.Array], unigram_V: jax.Array
 ) -> jax.Array:
-    """Cross-entropy and the regularisers that `hyper.extra` names, times their weights there."""
+    """Sum of the regularisers that `weights` names, each times its weight."""
     z_BLV = logits_BLV.astype(jnp.float32)
     logsumexp_BL = jax.nn.logsumexp(z_BLV, axis=-1)
     p = Predictions(z_BLV - logsumexp_BL[..., None], logsumexp_BL, batch, unigram_V)
-    terms = (weight * REGULARISERS[name](p) for name, weight in hyper.extra.items())
-    return sum(terms, cross_entropy(logits_BLV, batch))
+    return sum((weight * REGULARISERS[name](p) for name, weight in weights.items()), jnp.zeros(()))
+
+
+def regularised_loss(
+    logits_BLV: jax.Array, batch: Batch, hyper: Hyper, unigram_V: jax.Array
+) -> jax.Array:
+    """Cross-entropy and the regularisers that `hyper.extra` names, with their weights there."""
+    return cross_entropy(logits_BLV, batch) + penalty(logits_BLV, batch, hyper.extra, unigram_V)

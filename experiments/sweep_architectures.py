@@ -123,7 +123,7 @@ def like_dense(df) -> bool:
 CLAIMS = (
     Claim(
         "none",
-        "no width, precision, warm-up or coverage loss ends the coupled collapse; AdamW does, in each",
+        "no width, precision, warm-up or coverage loss ends the coupled collapse where AdamW does",
         ended_by_none,
         QUICK,
     ),
