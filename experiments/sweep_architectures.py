@@ -14,6 +14,7 @@ It still starts by predicting its input, since a token's embedding is most simil
 Goes when the critical coupled decay is known as a function of width, logit scale and precision.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -108,7 +109,9 @@ def ended_by_scale(df) -> bool:
 
 def decoupling_helps(df) -> bool:
     names = [name for name in CHANGES if name != LOUD]
-    return all(difference(df, f"decoupled {x}", f"coupled {x}").high < -0.4 for x in names)
+    return all(
+        difference(df, f"decoupled {x}", f"coupled {x}").within(-math.inf, -0.4) for x in names
+    )
 
 
 def like_dense(df) -> bool:

@@ -23,6 +23,8 @@ while predictions ignore the context masks the collapse.
 Goes when nobody proposes a term of the loss against this collapse any more.
 """
 
+import math
+
 import scipy.stats
 
 from bitnet_jax import verdict
@@ -72,10 +74,9 @@ def ended_by_none(df) -> bool:
 
 def terms_are_small(df) -> bool:
     changes = [difference(df, f"coupled {name}", COLLAPSED) for name in WEIGHTS]
-    return (
-        all(change.within(-0.2, 0.2) for change in changes)
-        and difference(df, HEALTHY, COLLAPSED).high < -1
-    )
+    return all(change.within(-0.2, 0.2) for change in changes) and difference(
+        df, HEALTHY, COLLAPSED
+    ).within(-math.inf, -1)
 
 
 def masked(df) -> bool:

@@ -18,6 +18,7 @@ steps more, is worth.
 Goes when continued training from dense models is studied at a size that somebody would use.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,7 +93,7 @@ CLAIMS = (
     Claim(
         "start",
         "T ternary steps after T dense ones end 0.5 nats or more below T ternary from scratch",
-        lambda df: difference(df, ABRUPT, SCRATCH).high < -0.5,
+        lambda df: difference(df, ABRUPT, SCRATCH).within(-math.inf, -0.5),
         QUICK_B158,
     ),
     Claim(
