@@ -1,179 +1,177 @@
 """Would another architecture support vocabulary diversity?
 
-The report's seventh recommendation: one change of the model at a time (width, logit scale, tied
-embedding, quantisation, an auxiliary loss for vocabulary coverage), in the report's recipe (decay
-coupled into Adam) and in the same recipe with decoupled decay. The base is the report's layout:
-untied, ternary weights, int8 activations, logit scale 1. A change ends the collapse if every seed
-gets below the unigram's loss with predictions that depend on the context.
+The seventh recommendation of the troubleshooting report: one change of the model at a time (width,
+logit scale, tied embedding, precision, an auxiliary loss for vocabulary coverage), in the report's
+recipe (decay coupled into Adam) and in the same recipe with decoupled decay. The base is the
+report's layout: untied, ternary weights, int8 activations, logit scale 1.
 
 The tied arm scales the logits by 1/sqrt(width): the layout draws its embedding from N(0, 1), and
 without the factor the logits would start with a standard deviation of sqrt(width) rather than 1.
 It still starts by predicting its input, since a token's embedding is most similar to itself.
 
-Expected: no width, quantisation or auxiliary loss ends the collapse, full precision included, and
-decoupling the decay ends it in every architecture. A larger logit scale undoes part of what the
-decay does to the output matrix: 16 may lift the coupled recipe below the unigram, yet not near the
-decoupled one, where the same scale makes the loss worse.
+    python -m experiments.sweep_architectures          # 9 min on 2 cores
 
-    python -m experiments.sweep_architectures --preset quick
-    python -m experiments.sweep_architectures --preset report --set data.corpus=text:books/*.txt
+Goes when the critical coupled decay is known as a function of width, logit scale and precision.
 """
 
 import math
+from functools import partial
 
-from bitnet_jax import collapse
-from bitnet_jax.config import Config
-from experiments import common, compare, page, stats, sweep
+import jax
+import jax.numpy as jnp
 
-NAME = "sweep_architectures"
-QUICK = (*common.SMALL, "run.steps=250", "run.save_every=250")
-KINDS = {"coupled": "report", "decoupled": "report_decoupled"}
-LOSS, MI = "eval/loss", "collapse/mutual_information"
-CONTEXT = collapse.BLIND
-BASE, FULL_PRECISION = "base", "full precision"
+from bitnet_jax import quant
+from bitnet_jax.metrics import LOSS, MUTUAL_INFORMATION
+from bitnet_jax.train import Seams
+from experiments.lab.arms import Arm
+from experiments.lab.claims import Claim
+from experiments.lab.experiment import experiment
+from experiments.lab.stats import cured, difference, ended
+from experiments.lab.studies import QUICK, SMALL
+from experiments.regularisers import regularised_loss
 
 
-def changes(cfg: Config) -> dict[str, tuple[dict, dict]]:
-    """Changed numbers and changed fields of the model, by name of the change."""
-    m = cfg.model
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def quantize_to_maximum(
+    w: jax.Array, strength: jax.Array, dtype: jnp.dtype, largest: int
+) -> jax.Array:
+    """Codes / s with codes clip(round(w s), -largest, largest) and s = largest / max(max|w|, 1e-5).
+
+    Symmetric, one scale for the tensor, identity gradient; the other arguments are those of
+    `quant.quantize_weight`.
+    """
+    w32 = w.astype(jnp.float32)
+    scale = largest / jnp.maximum(jnp.max(jnp.abs(w32)), quant.EPS)
+    codes = jnp.clip(jnp.round(w32 * scale), -largest, largest)
+    return quant.blend(w, quant.divide(codes, scale), strength).astype(dtype)
+
+
+def _forward(w, strength, dtype, largest):
+    return quantize_to_maximum(w, strength, dtype, largest), (jnp.zeros((0,), w.dtype), strength)
+
+
+def _backward(dtype, largest, residuals, grad):
+    like_w, strength = residuals
+    return grad.astype(like_w.dtype), jnp.zeros_like(strength)
+
+
+quantize_to_maximum.defvjp(_forward, _backward)
+QUANTISERS = {
+    "int4": partial(quantize_to_maximum, largest=7),
+    "int8": partial(quantize_to_maximum, largest=127),
+}
+
+
+def times_width(factor: float) -> dict:
+    """Fields that widen the residual stream and the feed-forward layer."""
     return {
-        BASE: ({}, {}),
-        "half width": ({}, {"d_model": m.d_model // 2, "d_ff": m.d_ff // 2}),
-        "double width": ({}, {"d_model": 2 * m.d_model, "d_ff": 2 * m.d_ff}),
-        "logits x 4": ({"logit_scale": 4.0}, {}),
-        "logits x 16": ({"logit_scale": 16.0}, {}),
-        "tied embedding": ({"logit_scale": 1 / math.sqrt(m.d_model)}, {"tied_embedding": True}),
-        FULL_PRECISION: ({"weight_quant": 0.0, "act_quant": 0.0}, {}),
-        "ternary weights only": ({"act_quant": 0.0}, {}),
-        "8-bit weights": ({}, {"weight_format": "int8"}),
-        "4-bit weights": ({}, {"weight_format": "int4"}),
-        "quantisation warm-up": ({"quant_warmup_steps": float(cfg.run.steps // 5)}, {}),
-        "coverage loss": ({"coverage": 1.0}, {}),
+        "model.d_model": lambda cfg: int(factor * cfg.model.d_model),
+        "model.d_ff": lambda cfg: int(factor * cfg.model.d_ff),
     }
 
 
-def arms(cfg: Config) -> list[sweep.Arm]:
-    """Every change in both recipes."""
-    return [
-        sweep.Arm(f"{kind} {change}", recipe, hyper, model)
-        for kind, recipe in KINDS.items()
-        for change, (hyper, model) in changes(cfg).items()
-    ]
+BASE, DENSE, LOUD, TIED = "base", "full precision", "logits x 16", "tied embedding"
+CHANGES = {  # arguments of Arm
+    BASE: {},
+    "half width": {"fields": times_width(0.5)},
+    "double width": {"fields": times_width(2.0)},
+    "logits x 4": {"logit_scale": 4.0},
+    LOUD: {"logit_scale": 16.0},
+    TIED: {
+        "fields": {"model.tied_embedding": True},
+        "logit_scale": lambda cfg: cfg.model.d_model**-0.5,
+    },
+    DENSE: {"weight_quant": 0.0, "act_quant": 0.0},
+    "ternary weights only": {"act_quant": 0.0},
+    "8-bit weights": {"seams": Seams(quantize_weight=QUANTISERS["int8"])},
+    "4-bit weights": {"seams": Seams(quantize_weight=QUANTISERS["int4"])},
+    "quantisation warm-up": {"quant_warmup_steps": lambda cfg: cfg.run.steps // 5},
+    "coverage loss": {"extra": {"coverage": 1.0}, "seams": Seams(loss=regularised_loss)},
+}
+KINDS = ("coupled", "decoupled")
+ARMS = tuple(
+    Arm(f"{kind} {name}", kind, **change) for kind in KINDS for name, change in CHANGES.items()
+)
+QUIET = [name for name in CHANGES if "logits" not in name and name != TIED]
 
 
-def outcome(rows: list[dict], arm: str) -> str:
-    """`learns`, `masked` (below the unigram, blind to the context), `collapsed` or `mixed`."""
-    unigram = rows[0]["references"]["unigram"]["loss"]
-    losses, context = compare.values(rows, arm, LOSS), compare.values(rows, arm, MI)
-    below = [loss < unigram for loss in losses.values()]
-    sees = [nats > CONTEXT for nats in context.values()]
-    if all(below):
-        return "learns" if all(sees) else "mixed" if any(sees) else "masked"
-    return "mixed" if any(below) else "collapsed"
+def ended_by_none(df) -> bool:
+    """Whether no coupled arm has learned where the same architecture, with AdamW, has."""
+    return not any(cured(df, f"coupled {x}", f"decoupled {x}").any() for x in QUIET)
 
 
-def analyse(rows: list[dict]) -> page.Study:
-    """Effect of each change within a recipe, beside the effect of decoupling the decay."""
-    n = compare.n_seeds(rows)
-    names = [arm.removeprefix("coupled ") for arm in compare.by_arm(rows) if arm.startswith("cou")]
-    found = {kind: {c: outcome(rows, f"{kind} {c}") for c in names} for kind in KINDS}
-    effects = {c: _effect(rows, "coupled", c, LOSS) for c in names if c != BASE}
-    best = min(effects, key=lambda c: effects[c].mean)
-    decoupling = {
-        c: compare.difference(rows, f"decoupled {c}", f"coupled {c}", LOSS) for c in names
-    }
-    helped = sum(d.effect and d.mean < 0 for d in decoupling.values())
-    gap = compare.difference(rows, f"decoupled {BASE}", f"decoupled {FULL_PRECISION}", LOSS)
-    left = compare.difference(rows, f"coupled {best}", f"decoupled {BASE}", LOSS)
-    result = (
-        f"held-out loss: best change within the coupled recipe, {best}: "
-        f"{stats.effect_text(effects[best])}, {left.text('+.2f')} from the decoupled base; "
-        f"decoupling the base: {stats.effect_text(decoupling[BASE])}; decoupled recipe, ternary "
-        f"weights and int8 activations against full precision: {stats.effect_text(gap, '+.3f')}"
-    )
-    return page.Study(
-        arms=f"{len(names)} architectures, decay coupled and decoupled",
-        n=n,
-        result=result,
-        conclusion="; ".join(_told(found, decoupling[BASE], effects[best], left, best, helped, n)),
-        tables=[_changes_table(rows, names, found, decoupling), compare.arm_table(rows)],
-        figures=compare.dot_plots(rows, KINDS, names),
+def ended_by_scale(df) -> bool:
+    healthy = f"decoupled {BASE}"
+    return cured(df, f"coupled {LOUD}", healthy).all() and (
+        difference(df, f"coupled {LOUD}", healthy).above
     )
 
 
-def _effect(rows, kind, change, key):
-    return compare.difference(rows, f"{kind} {change}", f"{kind} {BASE}", key)
-
-
-def _told(found, decoupling, gain, left, best, helped, n) -> list[str]:
-    """The sentences of the conclusion."""
-    coupled, healthy = found["coupled"], found["decoupled"]
-    by = {o: [c for c in coupled if coupled[c] == o and c != BASE] for o in set(coupled.values())}
-    told = []
-    if coupled[BASE] == "learns":
-        told.append(f"the coupled base does not collapse here (n={n})")
-    elif by.get("learns"):
-        told.append(f"in the coupled recipe the collapse is ended by {_list(by['learns'])} (n={n})")
-        if best in by["learns"]:
-            told.append(f"{best} ends {left.text('+.2f')} from the decoupled base")
-    else:
-        told.append(
-            f"none of {len(coupled) - 1} changes of the architecture ends the collapse of the "
-            f"coupled recipe (n={n})"
-        )
-    if by.get("masked"):
-        told.append(f"{_list(by['masked'])} only masks it: below the unigram, blind to the context")
-    if by.get("mixed"):
-        told.append(f"seeds differ for {_list(by['mixed'])}")
-    told.append(
-        f"loss of the base by decoupling its decay: {stats.effect_text(decoupling)}, by the best "
-        f"change ({best}): {stats.effect_text(gain)}; decoupling lowers it in {helped} of "
-        f"{len(coupled)} architectures"
+def decoupling_helps(df) -> bool:
+    names = [name for name in CHANGES if name != LOUD]
+    return all(
+        difference(df, f"decoupled {x}", f"coupled {x}").within(-math.inf, -0.4) for x in names
     )
-    failed = [c for c in healthy if healthy[c] != "learns"]
-    if len(failed) == len(healthy):
-        told.append("decoupled, none learns")
-    elif failed:
-        told.append(f"decoupled, all learn but {_list(failed)}")
-    else:
-        told.append("decoupled, every architecture learns")
-    return told
 
 
-def _list(names: list[str]) -> str:
-    return ", ".join(names)
-
-
-def _changes_table(rows, names, found, decoupling) -> page.Table:
-    def text(interval, spec="+.2f"):
-        return interval.text(spec) + ("" if interval.effect else " (no effect seen)")
-
-    lines = []
-    for c in names:
-        cells = ["", "", ""]
-        if c != BASE:
-            cells = [
-                text(_effect(rows, "coupled", c, LOSS)),
-                text(_effect(rows, "coupled", c, MI), "+.3f"),
-                text(_effect(rows, "decoupled", c, LOSS)),
-            ]
-        cells.append(text(decoupling[c]))
-        lines.append([c, *cells, found["coupled"][c], found["decoupled"][c]])
-    columns = ["change", "loss, coupled", "context MI, coupled", "loss, decoupled",
-               "loss by decoupling", "coupled", "decoupled"]  # fmt: skip
-    note = (
-        "The first three columns of numbers: changed - base within the recipe; the fourth: "
-        "decoupled - coupled within the architecture. All within seeds, with 95 % t intervals that "
-        "are not adjusted for their number. learns: every seed below the unigram's loss with more "
-        f"than {CONTEXT} nats of mutual information; masked: below the unigram without them."
+def like_dense(df) -> bool:
+    """Whether 4-bit and 8-bit weights end near full precision, in both recipes."""
+    return all(
+        difference(df, f"{kind} {bits} weights", f"{kind} {DENSE}").within(-0.1, 0.1)
+        for kind in KINDS
+        for bits in ("4-bit", "8-bit")
     )
-    return page.Table("Each change, and decoupling", columns, lines, note)
 
 
-def body(request: common.Request) -> None:
-    rows = sweep.train_arms(NAME, request, arms(request.cfg))
-    common.conclude(NAME, __doc__, request.workdir, rows, analyse)
+CLAIMS = (
+    Claim(
+        "none",
+        "no width, precision, warm-up or coverage loss ends the coupled collapse where AdamW does",
+        ended_by_none,
+        QUICK,
+    ),
+    Claim(
+        "scale",
+        "logits times 16 end the coupled collapse in every seed, at a higher loss than AdamW's",
+        ended_by_scale,
+        QUICK,
+    ),
+    Claim(
+        "decoupling",
+        "AdamW lowers the loss by 0.4 nats or more in every architecture but logits times 16",
+        decoupling_helps,
+        QUICK,
+    ),
+    Claim(
+        "bits",
+        "4-bit and 8-bit weights end within 0.1 nats of full precision, coupled and with AdamW",
+        like_dense,
+        QUICK,
+    ),
+    Claim(
+        "healthy",
+        "with AdamW, all architectures but tied embedding and logits times 16 learn in every seed",
+        lambda df: all(
+            ended(df, f"decoupled {x}").all() == (x not in (TIED, LOUD)) for x in CHANGES
+        ),
+        QUICK,
+    ),
+)
+
+
+def show(df, exhibits) -> None:
+    names = [name for name in CHANGES if name != BASE]
+    keys = (LOSS, MUTUAL_INFORMATION)
+    for kind in KINDS:
+        pairs = [(f"{kind} {name}", f"{kind} {BASE}") for name in names]
+        exhibits.differences(df, pairs, keys, f"Each change, {kind}")
+    pairs = [(f"decoupled {name}", f"coupled {name}") for name in CHANGES]
+    exhibits.differences(df, pairs, keys, "Decoupling, in each architecture")
+    exhibits.table(df)
+    exhibits.dots(df, LOSS)
+    exhibits.dots(df, MUTUAL_INFORMATION)
 
 
 if __name__ == "__main__":
-    common.main(__doc__, NAME, "quick", body, seeds="0-2", quick=QUICK, sweep=True)
+    quick = (*SMALL, "run.steps=250", "run.save_every=250")
+    experiment(__doc__, ARMS, None, CLAIMS, show, quick=quick)

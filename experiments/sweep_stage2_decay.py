@@ -1,97 +1,78 @@
 """Does more weight decay in stage 2 prevent the collapse?
 
-The report's second recommendation, as it was made and as a diagnosis: stage-2 decay of 0 to 0.5,
-coupled into Adam as in the report's code, and decoupled (AdamW). Stage 1 has decay 0.1 of the same
-kind in every arm, so arms of one kind differ from step T/2 on.
+The second recommendation of the troubleshooting report, as it was made and as a diagnosis: stage-2
+decay from 0 to 0.5, coupled into Adam as in the report's code, and decoupled (AdamW). Stage 1 has
+decay 0.1 of the same kind in every arm, so that arms of one kind differ from step T/2 on.
 
-Expected: decoupled, it changes next to nothing; coupled, no value ends the collapse, since Adam's
-normaliser turns any decay that outweighs the gradient into steps of the learning rate.
+    python -m experiments.sweep_stage2_decay           # 10 min on 2 cores
 
-    python -m experiments.sweep_stage2_decay --preset quick
-    python -m experiments.sweep_stage2_decay --preset report --set data.corpus=text:books/*.txt
+Goes when a study of the amount of coupled decay varies it by stage.
 """
 
-from bitnet_jax import charts
-from experiments import common, compare, page, stats, sweep
+import itertools
 
-NAME = "sweep_stage2_decay"
+from bitnet_jax.metrics import DISTINCT, LOSS, MUTUAL_INFORMATION
+from experiments.lab.arms import Arm
+from experiments.lab.claims import Claim
+from experiments.lab.experiment import experiment
+from experiments.lab.stats import cured, difference
+from experiments.lab.studies import QUICK, SMALL
+
 DECAYS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
-KINDS = {"coupled": "report", "decoupled": "report_decoupled"}
-LOSS = "eval/loss"
-ARMS = [
-    sweep.Arm(f"{kind} {decay:g}", recipe, {f"{kind}_2": decay})
-    for kind, recipe in KINDS.items()
-    for decay in DECAYS
-]
+KINDS = ("coupled", "decoupled")
+ARMS = tuple(
+    Arm(f"{kind} {decay:g}", kind, **{f"{kind}_2": decay}) for kind in KINDS for decay in DECAYS
+)
+PAIRS = [(f"{kind} {x:g}", f"{kind} 0.05") for kind in KINDS for x in DECAYS if x != 0.05]
 
 
-def analyse(rows: list[dict]) -> page.Study:
-    """Effect of each stage-2 decay against the report's 0.05, and of decoupling at 0.05."""
-    n = compare.n_seeds(rows)
-    unigram = rows[0]["references"]["unigram"]["loss"]
-    pairs = [(f"{k} {d:g}", f"{k} 0.05") for k in KINDS for d in DECAYS if d != 0.05]
-    pairs.append(("decoupled 0.05", "coupled 0.05"))
-    told, best, steepest = {}, {}, {}
+def ended_by_none(df) -> bool:
+    """Whether no coupled arm has learned where the same decay, decoupled, has in every seed."""
+    return not any(cured(df, f"coupled {x:g}", f"decoupled {x:g}").any() for x in DECAYS)
+
+
+def rising(df, kind: str) -> bool:
+    """Whether each larger decay gives a higher loss than the one before it."""
+    names = [f"{kind} {decay:g}" for decay in DECAYS]
+    return all(difference(df, more, less).above for less, more in itertools.pairwise(names))
+
+
+CLAIMS = (
+    Claim(
+        "none",
+        "no stage-2 decay, 0 included, has ended the coupled collapse by when AdamW has learned",
+        ended_by_none,
+        QUICK,
+    ),
+    Claim(
+        "harm",
+        "coupled, each larger stage-2 decay from 0 to 0.5 ends at a higher loss",
+        lambda df: rising(df, "coupled"),
+        QUICK,
+    ),
+    Claim(
+        "decoupled",
+        "decoupled, stage-2 decay from 0 to 0.5 moves the loss by less than 0.05 nats",
+        lambda df: all(
+            difference(df, a, b).within(-0.05, 0.05) for a, b in PAIRS[len(PAIRS) // 2 :]
+        ),
+        QUICK,
+    ),
+)
+
+
+def show(df, exhibits) -> None:
+    exhibits.differences(
+        df,
+        [*PAIRS, ("decoupled 0.05", "coupled 0.05")],
+        (LOSS, MUTUAL_INFORMATION, DISTINCT),
+        "Against the report's stage-2 decay of 0.05",
+    )
+    exhibits.table(df)
+    exhibits.dots(df)
     for kind in KINDS:
-        changes = {d: compare.difference(rows, f"{kind} {d:g}", f"{kind} 0.05", LOSS)
-                   for d in DECAYS if d != 0.05}  # fmt: skip
-        largest = max(changes, key=lambda d: abs(changes[d].mean))
-        steepest[kind] = stats.effect_text(changes[max(DECAYS)])
-        told[kind] = f"{stats.effect_text(changes[largest])} at {largest:g}"
-        losses = {d: stats.interval(compare.values(rows, f"{kind} {d:g}", LOSS).values())
-                  for d in DECAYS}  # fmt: skip
-        best[kind] = min(losses.values(), key=lambda i: i.mean)
-    coupling = compare.difference(rows, "decoupled 0.05", "coupled 0.05", LOSS)
-    result = (
-        f"largest change of held-out loss by stage-2 decay: coupled {told['coupled']}, decoupled "
-        f"{told['decoupled']}; decoupling at 0.05: {stats.effect_text(coupling)}; unigram "
-        f"{unigram:.2f}, best coupled arm {best['coupled'].text()}"
-    )
-    cured = best["coupled"].mean < unigram
-    conclusion = (
-        f"{'a' if cured else 'no'} stage-2 decay brings the coupled recipe below the unigram's "
-        f"loss (best of {len(DECAYS)}: {best['coupled'].text()} against {unigram:.2f}, n={n}); "
-        f"raising it from 0.05 to {max(DECAYS)} changes the loss by {steepest['coupled']} coupled "
-        f"and by {steepest['decoupled']} decoupled, decoupling at 0.05 by "
-        f"{stats.effect_text(coupling)}"
-    )
-    return page.Study(
-        arms=f"stage-2 decay {', '.join(f'{d:g}' for d in DECAYS)}, coupled and decoupled",
-        n=n,
-        result=result,
-        conclusion=conclusion,
-        tables=[
-            compare.arm_table(rows),
-            compare.difference_table(rows, pairs, "Against the report's stage-2 decay of 0.05"),
-        ],
-        figures=[
-            *compare.dot_plots(rows, KINDS, [f"{d:g}" for d in DECAYS]),
-            *((caption, charts.panels_svg([panel])) for caption, panel in panels(rows)),
-        ],
-    )
-
-
-def panels(rows: list[dict]) -> list[tuple[str, charts.Panel]]:
-    """Held-out loss of the coupled and of the decoupled arms against the step."""
-    reference = rows[0]["references"]
-    lines = tuple((name, reference[name]["loss"]) for name in ("uniform", "unigram", "bigram"))
-    out = []
-    for kind in KINDS:
-        series = [
-            charts.Series(r["arm"], r["curve"]["step"], r["curve"][LOSS])
-            for r in rows
-            if r["arm"].startswith(kind)
-        ]
-        title = f"Held-out loss, {kind}"
-        panel = charts.Panel(series, title, "nats per token", rows[0]["steps"] // 2, lines)
-        out.append((f"One line per seed; colour is the stage-2 decay, {kind}.", panel))
-    return out
-
-
-def body(request: common.Request) -> None:
-    rows = sweep.train_arms(NAME, request, ARMS)
-    common.conclude(NAME, __doc__, request.workdir, rows, analyse)
+        exhibits.curves(df[df["arm"].str.startswith(kind)], title=f"Held-out loss, {kind}")
 
 
 if __name__ == "__main__":
-    common.main(__doc__, NAME, "quick", body, seeds="0-2", quick=common.SMALL, sweep=True)
+    experiment(__doc__, ARMS, None, CLAIMS, show, quick=SMALL)

@@ -9,129 +9,119 @@ and batches, it trains for T steps more:
     warm-up over T/2    the same over T/2
     still dense         neither, which is what becoming ternary costs
 
-Beside it, `from scratch` is ternary for T steps from random weights: what the dense start is worth
-to a given number of ternary steps. n seeds; differences are within seeds.
+Beside it, `from scratch` is ternary for T steps from random weights: what the dense start, of T
+steps more, is worth.
 
-Expected: at these lengths next to nothing at T. The full quantisation of dense weights raises the
-loss for some tens of steps, which a warm-up spares, and which training makes up for.
+    python -m experiments.warmup_from_dense            # 3 min on 2 cores
+    python -m experiments.warmup_from_dense --preset b158 --set run.steps=10000
 
-    python -m experiments.warmup_from_dense --preset quick
-    python -m experiments.warmup_from_dense --preset b158 --set run.steps=10000 --seeds 0-9 \
-        --set data.corpus=text:books/*.txt
+Goes when continued training from dense models is studied at a size that somebody would use.
 """
 
-import dataclasses
+import math
+from dataclasses import replace
 from pathlib import Path
 
-from bitnet_jax import charts, data, hf, program
-from bitnet_jax.config import Hyper
-from experiments import common, compare, page, stats, sweep
+from bitnet_jax import hf, restore
+from bitnet_jax.config import Config, Hyper, UserError
+from bitnet_jax.metrics import LOSS
+from experiments.lab.arms import Arm, Measure, Request, chosen, train_arms
+from experiments.lab.claims import Claim
+from experiments.lab.experiment import experiment
+from experiments.lab.stats import difference, interval, of, values
+from experiments.lab.studies import QUICK_B158, SIZE
 
-NAME = "warmup_from_dense"
-QUICK = (*common.SIZE, "run.eval_every=15")
 DENSE, SCRATCH, ABRUPT, CEILING = "dense", "from scratch", "no warm-up", "still dense"
-WARMUPS = {"warm-up over T/10": 10, "warm-up over T/2": 2}
+SHORT, LONG = WARMUPS = ("warm-up over T/10", "warm-up over T/2")
 OFF = {"weight_quant": 0.0, "act_quant": 0.0}
-LOSS = "eval/loss"
+FROM_RANDOM = (Arm(DENSE, "published", **OFF), Arm(SCRATCH, "published"))
 
 
-def continuations(steps: int, folder: Path) -> list[sweep.Arm]:
-    """The arms that start from a folder."""
-    numbers = {
-        ABRUPT: {},
-        **{name: {"quant_warmup_steps": float(steps // k)} for name, k in WARMUPS.items()},
-        CEILING: OFF,
-    }
-    start = {"init": f"hf:{folder}"}
-    return [sweep.Arm(name, "b158", hyper, run=start) for name, hyper in numbers.items()]
+def continuations(folder: Path | str) -> list[Arm]:
+    """The arms that start from a folder of master weights."""
+    start = {"run.init": f"hf:{folder}"}
+    return [
+        Arm(ABRUPT, "published", fields=start),
+        Arm(SHORT, "published", fields=start, quant_warmup_steps=lambda cfg: cfg.run.steps // 10),
+        Arm(LONG, "published", fields=start, quant_warmup_steps=lambda cfg: cfg.run.steps // 2),
+        Arm(CEILING, "published", fields=start, **OFF),
+    ]
 
 
-def export(request: common.Request, row: dict) -> Path:
+ARMS = (*FROM_RANDOM, *continuations("FOLDER OF THE DENSE MODEL"))
+
+
+def export(request: Request, row: dict) -> Path:
     """The folder with the last weights of a dense row's replicate, written unless it is there."""
     name, _, index = row["id"].rpartition("/")
     folder = request.workdir / f"{name}-{index}-hf"
     if not folder.exists():
-        cfg, _, state = program.load_replicate(request.workdir / name, row["steps"], int(index))
+        steps = row["config"]["run"]["steps"]
+        model = restore.load_model(f"{request.workdir / name}@{steps}:{index}")
         # As master weights of a BitNet, which the dense ones are from now on: hence Hyper().
-        hf.export(folder, cfg, state.params, Hyper(), data.load(cfg.data).tokenizer)
+        hf.export(folder, model.cfg, model.params, Hyper(), model.tokenizer)
     return folder
 
 
-def dense_loss(rows: list[dict]) -> dict[int, float]:
-    """Held-out loss of each seed's dense model after its T steps."""
-    return compare.values(rows, DENSE, LOSS)
+def train(request: Request, arms: list[Arm], measure: Measure | None) -> list[dict]:
+    """Rows of the chosen arms; of those that continue, each seed from its own dense model."""
+    wanted = {arm.name for arm in chosen(request, arms)}
+    continued = wanted - {arm.name for arm in FROM_RANDOM}
+    first = [arm for arm in FROM_RANDOM if arm.name in wanted or (continued and arm.name == DENSE)]
+    request = replace(request, only=(), recipes=())
+    made = train_arms(request, first, measure, keep=True)
+    for row in [row for row in made if continued and row["arm"] == DENSE]:
+        started = [arm for arm in continuations(export(request, row)) if arm.name in continued]
+        made += train_arms(replace(request, seeds=[row["seed"]]), started, measure)
+    return made
 
 
-def worst_after(rows: list[dict], arm: str, start: dict[int, float]) -> stats.Interval:
-    """How far an arm's held-out loss rises above its dense start at most, over seeds."""
-    peaks = {row["seed"]: max(row["curve"][LOSS]) for row in rows if row["arm"] == arm}
-    return stats.interval(peaks[seed] - start[seed] for seed in peaks)
+def check(cfg: Config) -> None:
+    """Raise UserError for a model that cannot leave as a folder."""
+    if cfg.model.layout != "b158":
+        layout = f"model.layout={cfg.model.layout}"
+        raise UserError(f"{layout}: the dense model leaves as a Hugging Face folder; use b158")
 
 
-def analyse(rows: list[dict]) -> page.Study:
-    """Effect of each warm-up at the last step, of the dense start, and the rise after it."""
-    n, start = compare.n_seeds(rows), dense_loss(rows)
-    effects = {name: compare.difference(rows, name, ABRUPT, LOSS) for name in WARMUPS}
-    rises = {name: worst_after(rows, name, start) for name in (ABRUPT, *WARMUPS)}
-    gain = compare.difference(rows, ABRUPT, SCRATCH, LOSS)
-    cost = compare.difference(rows, ABRUPT, CEILING, LOSS)
-    told = ", ".join(f"{name} {stats.effect_text(d, '+.3f')}" for name, d in effects.items())
-    shown = [row for row in rows if row["arm"] != DENSE]
-    pairs = [
-        *((name, ABRUPT) for name in WARMUPS),
-        *((name, SCRATCH) for name in (ABRUPT, *WARMUPS)),
-        *((name, CEILING) for name in (ABRUPT, *WARMUPS)),
-    ]
-    return page.Study(
-        arms=f"{ABRUPT}, {', '.join(WARMUPS)} and {CEILING} from a dense model; {SCRATCH}",
-        n=n,
-        result=(
-            f"held-out loss at T against {ABRUPT}: {told}; largest rise above the dense model's: "
-            + ", ".join(f"{name} {rise.text('+.2f')}" for name, rise in rises.items())
-            + f"; {ABRUPT} against {SCRATCH} {stats.effect_text(gain)}, against {CEILING} "
-            + stats.effect_text(cost)
-        ),
-        conclusion=_conclusion(effects, gain, cost),
-        tables=[
-            compare.arm_table(rows),
-            compare.difference_table(shown, pairs, "Differences at the last step"),
-        ],
-        figures=[("One line per seed; all but one arm start from dense weights.", drawn(shown))],
-    )
+def rise(df, arm: str):
+    """How far the held-out loss of an arm rises above its seed's dense model at most."""
+    highest = of(df, arm)["curve"].map(lambda curve: max(curve[LOSS]))
+    return interval((highest - values(df, DENSE, LOSS)).dropna())
 
 
-def _conclusion(effects, gain, cost) -> str:
-    told = [
-        f"{name}{' helps' if d.high < 0 else ' hurts' if d.low > 0 else ''}: "
-        + stats.effect_text(d, "+.3f")
-        for name, d in effects.items()
-    ]
-    return (
-        f"{'; '.join(told)}; the dense start is worth {stats.effect_text(gain)} against as many "
-        f"ternary steps from scratch, and becoming ternary costs {stats.effect_text(cost)}"
-    )
+CLAIMS = (
+    Claim(
+        "start",
+        "T ternary steps after T dense ones end 0.5 nats or more below T ternary from scratch",
+        lambda df: difference(df, ABRUPT, SCRATCH).within(-math.inf, -0.5),
+        QUICK_B158,
+    ),
+    Claim(
+        "warm-up",
+        "from a dense model, a warm-up over T/10 or T/2 moves the loss by less than 0.1 nats",
+        lambda df: all(difference(df, x, ABRUPT).within(-0.1, 0.1) for x in WARMUPS),
+        QUICK_B158,
+    ),
+    Claim(
+        "cost",
+        "a dense model that becomes ternary ends less than 0.1 nats above one that stays dense",
+        lambda df: difference(df, ABRUPT, CEILING).within(0.0, 0.1),
+        QUICK_B158,
+    ),
+)
 
 
-def drawn(rows: list[dict]) -> str:
-    """Held-out loss against the step after the start."""
-    reference = rows[0]["references"]
-    lines = tuple((name, reference[name]["loss"]) for name in ("unigram", "bigram"))
-    series = [charts.Series(r["arm"], r["curve"]["step"], r["curve"][LOSS]) for r in rows]
-    title = "Held-out loss after the start"
-    return charts.panels_svg(
-        [charts.Panel(series, title, "nats per token", rows[0]["steps"] // 2, lines)]
-    )
-
-
-def body(request: common.Request) -> None:
-    first = [sweep.Arm(DENSE, "b158", OFF), sweep.Arm(SCRATCH, "b158")]
-    rows = sweep.train_arms(NAME, request, first, keep_checkpoints=True)
-    for row in [row for row in rows if row["arm"] == DENSE]:
-        arms = continuations(request.cfg.run.steps, export(request, row))
-        one = dataclasses.replace(request, seeds=[row["seed"]])
-        rows += sweep.train_arms(NAME, one, arms)
-    common.conclude(NAME, __doc__, request.workdir, rows, analyse)
+def show(df, exhibits) -> None:
+    starts = (ABRUPT, *WARMUPS)
+    pairs = [(x, y) for y in (ABRUPT, SCRATCH, CEILING) for x in starts if x != y]
+    exhibits.differences(df, pairs, (LOSS,), "At the last step")
+    exhibits.table(df)
+    exhibits.curves(df[df["arm"] != DENSE], title="Held-out loss after the start")
+    there = [x for x in (*starts, CEILING) if {x, DENSE} <= set(df["arm"])]
+    lines = [[x, rise(df, x).text("+.2f")] for x in there]
+    exhibits.grid("Largest loss after the start, above the dense model's", ["arm", "nats"], lines)
 
 
 if __name__ == "__main__":
-    common.main(__doc__, NAME, "quick", body, seeds="0-2", quick=QUICK, sweep=True)
+    quick = (*SIZE, "run.eval_every=15")
+    experiment(__doc__, ARMS, None, CLAIMS, show, quick=quick, train=train, check=check)

@@ -1,115 +1,137 @@
-"""What the warm-up experiment trains, and what it concludes from rows."""
+"""What the warm-up from a dense model trains, and what its claims say of rows."""
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+from test_lab import make_rows
 
 from bitnet_jax import presets
-from bitnet_jax.config import Hyper, UserError
-from experiments import common
-from experiments import warmup_from_dense as warmup
+from bitnet_jax.config import UserError
+from bitnet_jax.metrics import LOSS
+from experiments import warmup_from_dense as study
+from experiments.lab import arms, rows
+from experiments.lab.arms import Request
+from experiments.lab.claims import FAILS, HOLDS, judge
+from experiments.lab.exhibits import Exhibits
+from experiments.lab.studies import QUICK_B158
 
-SHORT, LONG = warmup.WARMUPS
-LOSSES = {"dense": 5.0, "from scratch": 5.5, "no warm-up": 5.2, "still dense": 4.9}
-
-
-def row(arm, seed, loss, peak=None, index=0):
-    """A row whose loss differs a little between seeds."""
-    loss += 0.001 * seed
-    final = {"eval/loss": loss, "collapse/entropy": 5.0, "collapse/verdict": "healthy"}
-    predictor = {"loss": 6.0, "entropy": 6.0, "distinct": 1}
-    return {
-        "id": f"run/{index}",
-        "arm": arm,
-        "seed": seed,
-        "steps": 300,
-        "final": final,
-        "curve": {"step": [0, 150, 300], "eval/loss": [peak or loss, loss, loss]},
-        "references": dict.fromkeys(("bigram", "unigram", "uniform"), predictor)
-        | {"targets": {"distinct": 9}, "tracked_positions": 99},
-    }
+LOSSES = {
+    "dense": 3.4,
+    "from scratch": 3.5,
+    "no warm-up": 2.9,
+    study.SHORT: 2.9,
+    study.LONG: 2.9,
+    "still dense": 2.85,
+}
 
 
-def study(short, long, jitter=0.0005):
-    """The analysis of three seeds; the differences of the warm-ups vary by `jitter`."""
-    rows = []
-    for seed in range(3):
-        rows += [row(arm, seed, loss) for arm, loss in LOSSES.items()]
-        rows += [row(arm, seed, 5.2 + d + jitter * (seed - 1), peak=7.0 + seed)
-                 for arm, d in ((SHORT, short), (LONG, long))]  # fmt: skip
-    return warmup.analyse(rows)
+def make(**losses):
+    return make_rows({arm: [x + 0.1 * s for s in range(3)] for arm, x in (LOSSES | losses).items()})
+
+
+def statuses(**losses):
+    df = rows.frame(make(**losses))
+    return {claim.name: judge(claim, QUICK_B158, df).status for claim in study.CLAIMS}
 
 
 @pytest.mark.parametrize(
-    ("short", "long", "told"),
+    ("losses", "wrong"),
     [
-        (-0.1, -0.2, (f"{SHORT} helps: -0.100 [", f"{LONG} helps: -0.200 [")),
-        (-0.1, 0.2, (f"{SHORT} helps: -0.100 [", f"{LONG} hurts: +0.200 [")),
-        (0.0, 0.2, (f"{SHORT}: no effect seen (n=3)", f"{LONG} hurts: +0.200 [")),
+        ({}, set()),
+        ({"from scratch": 3.3}, {"start"}),
+        ({study.LONG: 3.05}, {"warm-up"}),
+        ({study.SHORT: 2.75}, {"warm-up"}),
+        ({"still dense": 2.7}, {"cost"}),
+        ({"still dense": 2.95}, {"cost"}),
     ],
 )
-def test_only_an_interval_without_zero_helps_or_hurts(short, long, told):
-    conclusion = study(short, long).conclusion
-    assert conclusion.startswith(told[0]) and f"; {told[1]}" in conclusion
-
-
-def test_a_difference_within_the_spread_of_the_seeds_is_no_effect():
-    told = study(-0.1, -0.2, jitter=1.0).conclusion
-    assert f"{SHORT}: no effect seen" in told and f"{LONG}: no effect seen" in told
-
-
-def test_the_dense_start_and_the_cost_of_becoming_ternary_are_told():
-    told = study(0.0, 0.0)
-    assert "the dense start is worth -0.30 [" in told.conclusion
-    assert "becoming ternary costs +0.30 [" in told.conclusion
-    assert told.n == 3 and "from scratch" in told.tables[0].rows[1][0]
+def test_claims_follow_from_the_rows(losses, wrong):
+    expected = {claim.name: FAILS if claim.name in wrong else HOLDS for claim in study.CLAIMS}
+    assert statuses(**losses) == expected
 
 
 def test_the_rise_is_measured_from_each_seeds_own_dense_model():
-    """Peaks 7, 8, 9 above 5.000, 5.001, 5.002."""
-    rows = [row("dense", seed, 5.0) for seed in range(3)]
-    rows += [row(SHORT, seed, 5.2, peak=7.0 + seed) for seed in range(3)]
-    assert warmup.worst_after(rows, SHORT, warmup.dense_loss(rows)).mean == pytest.approx(2.999)
+    """Peaks 7, 8, 9 above 3.4, 3.5, 3.6."""
+    made = make()
+    for row in made:
+        if row["arm"] == study.SHORT:
+            row["curve"][LOSS] = [6.0, 7.0 + row["seed"], 5.0]
+    assert study.rise(rows.frame(made), study.SHORT).mean == pytest.approx(8 - 3.5)
 
 
-def test_arms_differ_in_strength_and_warm_up_only():
+def test_tables_of_a_part_of_the_arms_are_shown():
+    made = [row for row in make() if row["arm"] in ("dense", "no warm-up")]
+    shown = Exhibits(rows.frame(made))
+    study.show(rows.frame(made), shown)
+    assert shown.tables[-1].lines == [["no warm-up", "+2.50 [+2.25, +2.75]"]]  # 6.0 at step 0
+
+
+def request(tmp_path, **more):
+    cfg = presets.preset("tiny")
+    return Request("toy", "tiny", cfg, {}, [3, 5], workdir=tmp_path, at_once=9, **more)
+
+
+def test_arms_differ_in_strength_and_warm_up_only(tmp_path):
     """Over 1000 steps, the published warm-up, where T is 10,000."""
-    arms = warmup.continuations(10_000, Path("some/folder"))
-    numbers = {arm.name: Hyper(**arm.hyper) for arm in arms}
-    assert {arm.run["init"] for arm in arms} == {"hf:some/folder"}
+    numbers = {}
+    for arm in study.continuations("some/folder"):
+        cfg, (rep, _), base = arms.replicates(request(tmp_path), arm, 500)
+        assert (cfg.run.init, base) == ("hf:some/folder", {"run.init": None})
+        numbers[arm.name] = rep.hyper
     assert {name: h.quant_warmup_steps for name, h in numbers.items()} == {
-        "no warm-up": 0, SHORT: 1000, LONG: 5000, "still dense": 0
+        "no warm-up": 0, study.SHORT: 1000, study.LONG: 5000, "still dense": 0
     }  # fmt: skip
     assert [h.weight_quant + h.act_quant for h in numbers.values()] == [2, 2, 2, 0]
-    for arm in arms:
-        presets.check_hyper(presets.preset("125m").run, Hyper(**arm.hyper))
 
 
-def test_every_seed_continues_from_its_own_folder(monkeypatch, tmp_path):
+@pytest.fixture
+def trained(monkeypatch):
+    """Calls of a stand-in for `train_arms`: seeds, names of arms, folders that they start from."""
+    calls = []
+
+    def train_arms(request, arms, measure, *, keep=False):
+        starts = {arm.fields.get("run.init") for arm in arms}
+        calls.append((request.seeds, [arm.name for arm in arms], starts, keep))
+        made = make_rows({arm.name: [5.0] * len(request.seeds) for arm in arms})
+        return [row | {"seed": request.seeds[row["seed"]], "id": f"run/{row['seed']}"}
+                for row in made]  # fmt: skip
+
+    monkeypatch.setattr(study, "train_arms", train_arms)
+    return calls
+
+
+def test_every_seed_continues_from_its_own_folder(trained, tmp_path):
     """As one program per seed: the folder belongs to the configuration."""
-    calls, concluded = [], []
-
-    def train_arms(name, request, arms, **rest):
-        calls.append((request.seeds, [arm.run.get("init") for arm in arms], rest))
-        seeds = enumerate(request.seeds)
-        return [row(arm.name, s, 5.0, index=i) for i, s in seeds for arm in arms]
-
-    monkeypatch.setattr(warmup.sweep, "train_arms", train_arms)
-    monkeypatch.setattr(common, "conclude", lambda *arguments: concluded.append(arguments[3]))
-    argv = ["--preset", "quick", "--seeds", "3,5", "--workdir", str(tmp_path)]
-    request = common.parse("", warmup.NAME, "quick", argv, quick=warmup.QUICK, sweep=True)
     for i in range(2):
         (tmp_path / f"run-{i}-hf").mkdir()  # exported before: not written again
-    warmup.body(request)
-    assert calls[0] == ([3, 5], [None, None], {"keep_checkpoints": True})
-    assert [seeds for seeds, _, _ in calls[1:]] == [[3], [5]]
-    assert [set(init) for _, init, _ in calls[1:]] == [
-        {f"hf:{tmp_path / f'run-{i}-hf'}"} for i in range(2)
+    made = study.train(request(tmp_path), list(study.ARMS), None)
+    names = [arm.name for arm in study.ARMS]
+    assert trained == [
+        ([3, 5], names[:2], {None}, True),
+        ([3], names[2:], {f"hf:{tmp_path / 'run-0-hf'}"}, False),
+        ([5], names[2:], {f"hf:{tmp_path / 'run-1-hf'}"}, False),
     ]
-    assert len(concluded[0]) == 2 * 2 + 2 * 4
+    assert len(made) == 2 * 2 + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [("T/10", [["dense"], [study.SHORT], [study.SHORT]]), ("scratch", [["from scratch"]])],
+)
+def test_chosen_arms_train_with_the_dense_model_that_they_need(trained, tmp_path, only, names):
+    for i in range(2):
+        (tmp_path / f"run-{i}-hf").mkdir()
+    study.train(request(tmp_path, only=(only,)), list(study.ARMS), None)
+    assert [call[1] for call in trained] == names
 
 
 def test_a_dense_run_without_its_checkpoint_is_named(tmp_path):
-    request = common.parse("", warmup.NAME, "quick", ["--workdir", str(tmp_path)], sweep=True)
-    with pytest.raises(UserError, match="no checkpoint of step 300"):
-        warmup.export(request, row("dense", 0, 5.0))
+    with pytest.raises(UserError, match="no checkpoints in"):
+        study.export(request(tmp_path), make()[0])
+
+
+def test_a_layout_that_no_folder_holds_is_refused_before_training():
+    cfg = presets.preset("tiny")
+    study.check(cfg)
+    with pytest.raises(UserError, match=r"model\.layout=report"):
+        study.check(replace(cfg, model=replace(cfg.model, layout="report")))

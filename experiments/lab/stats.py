@@ -140,6 +140,17 @@ def ended(df: pd.DataFrame, arm: str, steps: int | None = None) -> pd.Series:
     return learned(rows)
 
 
+def cured(df: pd.DataFrame, arm: str, healthy: str, steps: int | None = None) -> pd.Series:
+    """`ended` of an arm where the healthy one shows that the length suffices.
+
+    Raises NotEnough unless every seed of the healthy arm has learned: a collapse cannot be told
+    from a young model there.
+    """
+    if not ended(df, healthy, steps).all():
+        raise NotEnough(f"too short: {healthy} has not learned")
+    return ended(df, arm, steps)
+
+
 # ------------------------------------------------------------------------------------ shares, tests
 
 
