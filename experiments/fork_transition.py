@@ -1,7 +1,6 @@
 """Does the transition to stage 2 trigger the collapse?
 
-The report's sixth recommendation. From the checkpoint of a run at its stage boundary T/2 every arm
-continues to T on the same batches:
+The report's sixth recommendation. From a run's checkpoint at the stage boundary arms continue:
 
     stage 1 continued    learning rate held at its value at the end of stage 1, decay of stage 1
     stage 2              learning rate and decay of stage 2
@@ -164,7 +163,7 @@ CLAIMS = (
     ),
     Claim(
         "decay",
-        "stage 2, and its smaller decay alone, lower the coupled recipe's loss from stage 1 continued",
+        "stage 2, and its decay alone, lower the coupled recipe's loss against stage 1 continued",
         lambda df: all(effect(df, "coupled", x).below for x in (STAGE_2, DECAY_ONLY)),
         QUICK,
     ),
