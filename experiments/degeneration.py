@@ -76,7 +76,7 @@ def excess(df, arm: str, way: str, key: str = "rep_4"):
 
 def learned_repeat(df) -> bool:
     healthy = (DECOUPLED, PUBLISHED)
-    return all(ended(df, x).all() and excess(df, x, "greedy").low > 0.5 for x in healthy)
+    return all(ended(df, x).all() and excess(df, x, "greedy").within(0.5, 1) for x in healthy)
 
 
 CLAIMS = (
@@ -96,7 +96,7 @@ CLAIMS = (
         "collapsed",
         "the collapsed recipe repeats still more when decoded greedily, by 0.1 or more",
         lambda df: all(
-            difference(df, COUPLED, other, column("greedy")).low > 0.1
+            difference(df, COUPLED, other, column("greedy")).within(0.1, 1)
             for other in (DECOUPLED, PUBLISHED)
         ),
         QUICK,
