@@ -70,7 +70,7 @@ def measure(run, base: int) -> dict[str, list]:
 
 
 def lengths(df) -> list[int]:
-    """The three lengths of the study's shortest runs; raises NotEnough where one is not there."""
+    """The shortest length and its multiples; raises NotEnough where one is not there."""
     found = [times * int(df["steps"].min()) for times in TIMES]
     if not set(found) <= set(df["steps"]):
         raise NotEnough(f"lengths {sorted(set(df['steps']))}")
@@ -85,9 +85,10 @@ def at_step(df, arm: str, steps: int, step: int, key: str):
 
 def sum_lr(row) -> np.ndarray:
     """Summed learning rate after 0 .. T steps of a row's run."""
-    hyper, steps = Hyper(**row["config"]["hyper"]), int(row["steps"])
-    rates = optim.learning_rate(hyper, np.arange(steps + 1), RunConfig(steps))
-    return np.cumsum(np.asarray(rates, np.float64))
+    hyper, fields = Hyper(**row["config"]["hyper"]), row["config"]["run"]
+    run = RunConfig(**fields | {"recipes": tuple(fields["recipes"])})
+    rates = optim.learning_rate(hyper, np.arange(1, run.steps + 1), run)
+    return np.concatenate([[0.0], np.cumsum(np.asarray(rates, np.float64))])
 
 
 def at_sum_lr(df, arm: str, steps: int, total: float, key: str):
@@ -168,13 +169,12 @@ def show(df, exhibits) -> None:
     heads = ["distinct, stage 1", "stage 2", "cut log", "severe", "cut log: training loss"]
     exhibits.grid("The report's statistics", ["run", *heads], lines)
     exhibits.table(df, KEYS)
-    pairs = list(itertools.combinations(lengths(df), 2))
-    ways = {"at their ends": longer, "at the same step": same_step, "at equal rates": same_rate}
+    ways = {"at the ends": longer, "at the same step": same_step, "at equal rates": same_rate}
     lines = [
         [f"{kind}, {long} - {short}",
          *(signed(way(df, kind, key, short, long), metric(key).format)
            for key in (LOSS, DISTINCT) for way in ways.values())]
-        for kind, (short, long) in itertools.product(KINDS, pairs)
+        for kind, (short, long) in itertools.product(KINDS, itertools.combinations(lengths(df), 2))
     ]  # fmt: skip
     heads = [f"{name} {way}" for name in ("loss", "distinct") for way in ways]
     note = "Where the shorter run ends; rates: at equal summed learning rate, between evaluations."
@@ -187,8 +187,8 @@ def show(df, exhibits) -> None:
                 charts.Series(f"T = {row['steps']}", row["curve"]["step"], row["curve"][key])
                 for _, row in df[df["arm"] == kind].iterrows()
             ]
-            title, unit = f"{metric(key).title}, {kind}", metric(key).unit
-            panels.append(charts.Panel(series, title, unit, None, marks if key == LOSS else ()))
+            title, lines = f"{metric(key).title}, {kind}", marks if key == LOSS else ()
+            panels.append(charts.Panel(series, title, metric(key).unit, references=lines))
         exhibits.panels(panels, "One line per seed.")
 
 
