@@ -14,15 +14,13 @@ Goes when the critical amount of coupled decay explains the factors.
 
 import itertools
 
-import jax
-
-from bitnet_jax import charts, optim
+from bitnet_jax import charts
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS, MUTUAL_INFORMATION, metric
-from bitnet_jax.train import Seams
 from experiments.lab.arms import Arm
 from experiments.lab.claims import Claim
-from experiments.lab.exhibits import triple
+from experiments.lab.exhibits import signed, triple
 from experiments.lab.experiment import experiment
+from experiments.lab.faulty import FAULTY, SOUND, rates
 from experiments.lab.measures import large_weights
 from experiments.lab.stats import difference, interval, mean, values
 from experiments.lab.studies import BOOKS, QUICK, SMALL
@@ -39,7 +37,6 @@ NAMES = tuple(FACTORS)
 REPORT = tuple(levels[0] for levels in FACTORS.values())
 HEALTHY = ("decoupled", *REPORT[1:])
 RIVALS = ("head frozen", "rate 100x low", "decay without rate")
-RATES = {"lr_peak": 1.5e-3, "lr_stage1_end": 1e-3, "lr_stage2_start": 1e-3, "lr_final": 1.5e-6}
 OUTCOMES = (LOSS, ENTROPY, MUTUAL_INFORMATION, LOGIT_STD, DISTINCT)
 
 
@@ -53,40 +50,18 @@ def make_arm(levels: tuple[str, ...]) -> Arm:
         weight_quant=quantised,
         act_quant=quantised,
         **{f"{kind}_1": 0.1, f"{kind}_2": float(decay_2)},
-        **{name: value * float(rate) / RATES["lr_peak"] for name, value in RATES.items()},
+        **rates(float(rate) / 1.5e-3),
     )
 
 
-def faulty_optimizer(cfg, run, hyper, groups) -> optim.Optimizer:
-    """The standard one with two faults by `extra`: a share of the head's update that is dropped
-    (`head_frozen`), and a decay of every parameter that no learning rate multiplies (`unscaled_1`
-    in stage 1, `unscaled_2`)."""
-    sound, extra = optim.make_optimizer(cfg, run, hyper, groups), hyper.extra
-
-    def update(grads, state, params, **more):
-        updates, state = sound.update(grads, state, params, **more)
-        n = state["lr"].count
-        decay = optim.by_stage(n, run, extra["unscaled_1"], extra["unscaled_2"])
-        left = {"head": 1.0 - extra["head_frozen"]}
-        faulty = jax.tree.map(
-            lambda group, u, w: left.get(group, 1.0) * u - decay * w, groups, updates, params
-        )
-        return faulty, state
-
-    return optim.Optimizer(sound.init, update, sound.decay_part)
-
-
 def rival(name: str, extra: dict, **numbers) -> Arm:
-    faults = {"head_frozen": 0.0, "unscaled_1": 0.0, "unscaled_2": 0.0}
-    return Arm(name, "decoupled", extra=faults | extra, seams=Seams(optimizer=faulty_optimizer),
-               **numbers)  # fmt: skip
+    return Arm(name, "decoupled", extra=SOUND | extra, seams=FAULTY, **numbers)
 
 
 ARMS = (
     *(make_arm(levels) for levels in itertools.product(*FACTORS.values())),
     rival("head frozen", {"head_frozen": 1.0}),
-    rival("rate 100x low", {}, lr_peak=1.5e-5, lr_stage1_end=1e-5, lr_stage2_start=1e-5,
-          lr_final=1.5e-8),
+    rival("rate 100x low", {}, **rates(0.01)),
     rival("decay without rate", {"unscaled_1": 0.1, "unscaled_2": 0.05}, decoupled_1=0.0,
           decoupled_2=0.0),
 )  # fmt: skip
@@ -171,11 +146,7 @@ def show(df, exhibits) -> None:
     lines = []
     for factor, (before, after) in FACTORS.items():
         for kind, effect in (("alone", alone), ("averaged", averaged)):
-            cells = []
-            for key in OUTCOMES:
-                found = effect(df, factor, key)
-                told = found.text("+" + metric(key).format)
-                cells.append(told if found.effect else f"{told} (0)")
+            cells = [signed(effect(df, factor, key), metric(key).format) for key in OUTCOMES]
             lines.append([f"{factor}: {before} to {after}, {kind}", *cells])
     exhibits.grid("Effects", ["change", *(metric(key).title for key in OUTCOMES)], lines)
     shown = df[df["arm"].isin([", ".join(REPORT), ", ".join(HEALTHY), *RIVALS])]

@@ -185,8 +185,13 @@ def change(
         found = stats.difference(df, arm, control, key, steps)
     except stats.NotEnough:
         return ""
-    told = found.text("+" + spec.lstrip("+"))
-    return told if found.effect or not found.n else f"{told} (0)"
+    return signed(found, spec)
+
+
+def signed(found: stats.Interval, spec: str = ".2f") -> str:
+    """A difference with its sign, and (0) where no effect is seen; empty for no seed."""
+    text = found.text("+" + spec.lstrip("+"))
+    return text if found.effect or not found.n else f"{text} (0)"
 
 
 def given(df: pd.DataFrame, name: str, key: str, spec: str) -> str:
