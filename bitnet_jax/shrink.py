@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from bitnet_jax.config import Hyper, OptimConfig, RunConfig
-from bitnet_jax.optim import learning_rate
+from bitnet_jax.optim import by_stage, learning_rate
 
 
 def summed_rate(run: RunConfig, hyper: Hyper) -> np.ndarray:
@@ -28,8 +28,10 @@ def starved_weight(w0: np.ndarray, cfg: OptimConfig, run: RunConfig, hyper: Hype
     w = np.array(w0, np.float64)
     m, v = np.zeros_like(w), np.zeros_like(w)
     lr = np.diff(summed_rate(run, hyper))
-    for n in range(1, run.steps + 1):
-        g = (hyper.coupled_1 if n <= run.boundary else hyper.coupled_2) * hyper.decay_rest * w
+    n_all = np.arange(1, run.steps + 1)
+    decay = np.asarray(by_stage(n_all, run, hyper.coupled_1, hyper.coupled_2), np.float64)
+    for n in n_all:
+        g = decay[n - 1] * hyper.decay_rest * w
         m = cfg.beta1 * m + (1 - cfg.beta1) * g
         v = cfg.beta2 * v + (1 - cfg.beta2) * g * g
         m_hat, v_hat = m / (1 - cfg.beta1**n), v / (1 - cfg.beta2**n)

@@ -1,248 +1,82 @@
 """Why do 981,223 weights lie outside [-1, 1] although the model is ternary?
 
-The report's first recommendation: weight distributions before and after quantisation, per layer
-and over training. Counts |w| > 1 and |w| > 1.1 (what the report's tool counted, over every weight
-of the model), |w| above the layer's scale mean|w|, and values of the forward pass that are none of
--1, 0, 1 times the scale. Three recipes train the report's layout, whose embedding starts N(0, 1).
+The report's first recommendation: weights before and after quantisation, by kind of matrix and over
+training (`bitnet_jax inspect` shows each layer). Counted are |w| > 1 and |w| > 1.1, as the report's
+tool did over all weights, |w| above the matrix's scale mean|w|, and values of the forward pass that
+are none of -1, 0, 1 times the scale. The arms train the report's layout, whose embedding starts
+N(0, 1). Beside its count stands what the optimiser leaves of entries that get no gradient but the
+decay: coupled, they move towards 0 by about the learning rate a step (979,330 after the report's
+1000 steps).
 
-Beside the count stands what the optimiser leaves of N(0, 1) entries that get no gradient but the
-decay: with Adam's coupled decay they move towards 0 by about the learning rate per step.
+    python -m experiments.weight_bounds                # 1 min on 2 cores
+    python -m experiments.weight_bounds --preset report --set run.checkpoint_every=100 \
+        --set data.corpus=text:books.train.txt.xz
 
-Expected: no value outside the codes; no ternary latent above 1.1; what is counted are entries of
-the embedding, about as many as that recursion predicts (979,330 for the report's 1000 steps).
-
-    python -m experiments.weight_bounds --preset quick
-    python -m experiments.weight_bounds --preset report --set data.corpus=text:books/*.txt
+Goes when `inspect` shows the same over the steps of a run.
 """
 
-import math
-from collections.abc import Iterator
-from pathlib import Path
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import charts, checkpoint, optim, program, quant, shrink, train
-from bitnet_jax.config import Config, Hyper, Replicate
-from experiments import common, compare, page, stats, sweep
+from bitnet_jax import charts, inspection
+from experiments.lab.arms import Arm
+from experiments.lab.claims import Claim
+from experiments.lab.experiment import experiment
+from experiments.lab.stats import each, interval, of
+from experiments.lab.studies import QUICK, SMALL
+from experiments.lab.weights import BIN, BINS, counts_without_gradient, sums_at
 
-NAME = "weight_bounds"
-QUICK = (*common.SMALL, "run.checkpoint_every=50", "run.save_every=50")
-RECIPES = ("report", "report_decoupled", "b158")
-ARMS = [sweep.Arm(recipe, recipe) for recipe in RECIPES]
-THRESHOLD = 1.1  # the report counted weights above it
-INIT_STD = {"report": 1.0, "b158": 0.02}  # of the embedding, by layout
-FULL_PRECISION = ("embedding", "head", "norm", "bias")
-BIN, BINS = 0.25, 10  # of |w| / mean|w|, the last one open; a ternary code changes at 0.5
-
-
-def tensor_sums(w, fmt: str | None = None, strength: float = 1.0, before=None) -> dict:
-    """Counts and sums over one tensor; those of several tensors add.
-
-    `fmt` is the weight format of a quantised tensor, None for one in full precision; `strength` the
-    quantisation strength of the forward pass; `before` the same tensor at an earlier step.
-    `outside` counts values of the forward pass that are no code times the scale.
-    """
-    w = np.asarray(w, np.float32)
-    size, magnitude = np.abs(w), np.abs(w).mean(dtype=np.float64)
-    bins = np.minimum(size / max(magnitude, 1e-30) / BIN, BINS - 1).astype(int)
-    out = {
-        "size": w.size,
-        "above_1": int((size > 1).sum()),
-        "above_1.1": int((size > THRESHOLD).sum()),
-        "above_scale": int((size > magnitude).sum()),
-        "sum": float(w.sum(dtype=np.float64)),
-        "magnitude": float(magnitude * w.size),
-        "squares": float(np.square(w, dtype=np.float64).sum()),
-        "histogram": np.bincount(bins.ravel(), minlength=BINS),
-    }
-    if fmt is None:
-        return out
-    largest = quant.LARGEST_CODE[fmt]
-    scale = quant.weight_scale(jnp.asarray(w), largest)
-    codes = np.asarray(quant.weight_codes(w, scale, largest))
-    used = np.asarray(quant.quantize_weight(w, strength, jnp.float32, largest) * scale)
-    off_code = (np.abs(np.rint(used)) > largest) | (np.abs(used - np.rint(used)) > 1e-3)
-    out |= {
-        "outside": int(off_code.sum()),
-        "zeros": int((codes == 0).sum()),
-        "error": float(np.square(w - codes / np.float32(scale), dtype=np.float64).sum()),
-    }
-    if before is not None:
-        was = quant.weight_codes(before, quant.weight_scale(jnp.asarray(before), largest), largest)
-        out["flips"] = int((np.asarray(was) != codes).sum())
-    return out
-
-
-def numbers(sums: dict) -> dict:
-    """Flat numbers of `tensor_sums`: counts as they are, shares of the size, std, scale, dB.
-
-    `scale` is mean|w|; `sqnr` = 10 log10(sum w^2 / sum (w - dequantised w)^2).
-    """
-    n = sums["size"]
-    mean = sums["sum"] / n
-    out = {key: sums[key] for key in ("size", "above_1", "above_1.1")}
-    out |= {
-        "above_scale": sums["above_scale"] / n,
-        "std": math.sqrt(max(sums["squares"] / n - mean**2, 0)),
-        "scale": sums["magnitude"] / n,
-    }
-    if "outside" in sums:
-        out |= {"outside": sums["outside"], "zero_rate": sums["zeros"] / n}
-        ratio = sums["squares"] / max(sums["error"], 1e-30)
-        out["sqnr"] = 10 * math.log10(max(ratio, 1e-30))
-    if "flips" in sums:
-        out["flip_rate"] = sums["flips"] / n
-    return out
-
-
-def add(parts: list[dict]) -> dict:
-    """Sums over several tensors of one kind."""
-    return {key: sum(part[key] for part in parts) for key in parts[0]}
-
-
-def kind_of(path: str, group: str) -> str:
-    """`embedding`, `head`, `norm`, `bias`, or the projection that a quantised matrix is."""
-    return path.split("/")[-2] if group == "matrix" else group
-
-
-def all_sums(params, cfg: Config, strength: float, before=None) -> dict[str, tuple[str, dict]]:
-    """Kind and sums of every parameter by path; `before` are the parameters of an earlier step."""
-    groups = jax.tree.leaves(optim.param_groups(params))
-    earlier = jax.tree.leaves(before) if before is not None else [None] * len(groups)
-    out = {}
-    for (path, w), group, was in zip(
-        jax.tree.leaves_with_path(params), groups, earlier, strict=True
-    ):
-        name = optim.path_name(path)
-        fmt = cfg.model.weight_format if group == "matrix" else None
-        out[name] = (kind_of(name, group), tensor_sums(w, fmt, strength, was))
-    return out
-
-
-def by_kind(tensors: dict[str, tuple[str, dict]]) -> dict[str, dict]:
-    """Sums of the tensors of each kind."""
-    kinds: dict[str, list[dict]] = {}
-    for kind, sums in tensors.values():
-        kinds.setdefault(kind, []).append(sums)
-    return {kind: add(parts) for kind, parts in kinds.items()}
-
-
-def strength_at(hyper: Hyper, step: int) -> float:
-    """Weight quantisation strength that the forward pass uses after `step` updates."""
-    return float(train.at_step(hyper, step).weight_quant)
-
-
-def kept_params(workdir: Path, index: int) -> Iterator[tuple[int, Config, Replicate, dict]]:
-    """Step, configuration, identity and parameters: at initialisation, then of kept checkpoints."""
-    for i, step in enumerate(checkpoint.kept_steps(workdir)):
-        cfg, replicate, state = program.load_replicate(workdir, step, index)
-        if i == 0 and cfg.run.init is None:
-            start = jax.jit(lambda: train.init_state(cfg, replicate.hyper, replicate.seed))  # noqa: B023
-            yield 0, cfg, replicate, jax.device_get(start().params)
-        yield step, cfg, replicate, jax.device_get(state.params)
-
-
-def without_gradient(cfg: Config, hyper: Hyper, start: np.ndarray) -> np.ndarray:
-    """Embedding entries [T + 1, N] over a run in which they get decay but never a gradient.
-
-    `start` [N]. It is the run's own optimiser on zero gradients; for coupled decay alone the
-    recursion of `shrink.starved_weight`.
-    """
-    params = {
-        "embed": {"embedding": jnp.asarray(start, jnp.float32)},
-    } | ({} if cfg.model.tied_embedding else {"head": {"kernel": jnp.zeros(())}})
-    tx = optim.make_optimizer(cfg.optim, cfg.run, hyper, optim.param_groups(params))
-    zeros = jax.tree.map(jnp.zeros_like, params)
-
-    def update(carry, _):
-        params, state = carry
-        updates, state = tx.update(zeros, state, params)
-        params = jax.tree.map(jnp.add, params, updates)
-        return (params, state), params["embed"]["embedding"]
-
-    _, path = jax.lax.scan(update, (params, tx.init(params)), length=cfg.run.steps)
-    return np.concatenate([np.asarray(start)[None], np.asarray(path)])
-
-
-def predicted_counts(cfg: Config, hyper: Hyper, size: int, steps: list[int]) -> list[float]:
-    """How many of `size` normal entries without gradient are above THRESHOLD after each step."""
-    start = np.linspace(THRESHOLD, 6, 491)
-    path = without_gradient(cfg, hyper, start)
-    deviation = INIT_STD[cfg.model.layout] * math.sqrt(2)
-    return [size * math.erfc(np.interp(THRESHOLD, path[s], start) / deviation) for s in steps]
-
-
-def count_large(workdir: Path, cfg: Config, index: int) -> dict:
-    """Weights above THRESHOLD in the last checkpoint, over all parameters and in the embedding."""
-    saved, replicate, state = sweep.load_replicate(workdir, cfg.run.steps, index)
-    large = jax.tree.map(lambda w: int((np.abs(w) > THRESHOLD).sum()), state.params)
-    embedding, hyper = state.params["embed"]["embedding"], replicate.hyper
-    counts = {
-        "all": sum(jax.tree.leaves(large)),
-        "embedding": large["embed"]["embedding"],
-        "predicted": shrink.count_above(THRESHOLD, embedding.size, saved.optim, saved.run, hyper)
-        if hyper.coupled_1
-        else None,
-    }
-    return {"above_1.1": counts}
-
-
+COUPLED, DECOUPLED, PUBLISHED = ARM_NAMES = ("coupled", "decoupled", "published")
+ARMS = tuple(Arm(name, name) for name in ARM_NAMES)
 COUNTS = ("above_1", "above_1.1", "outside")
 SHARES = ("above_scale", "zero_rate", "flip_rate", "sqnr")
-LATENT = ("above_scale", "std", "scale")
-QUANTISED = (*LATENT, "zero_rate", "sqnr")
-LAYER_KEYS = ("zero_rate", "std", "scale", "sqnr")
+GROUPS = ("embedding", "head", "norm", "ternary")  # of the counts
+FIRST_LAST, NONE = "weights/first_last/", np.full(2, np.nan)
+QUANTISED = ("above_scale", "std", "scale", "zero_rate", "sqnr")
 
 
-def extra(workdir: Path, cfg: Config, index: int) -> dict:
-    """Weights of a finished replicate at initialisation and at every kept step.
+def measure(run) -> dict[str, list]:
+    """Weights at initialisation and at every kept step.
 
-    `counts` and `ternary` hold a list over steps, `first_last` those of the first and last step.
+    `counts` and `ternary` hold a list over steps, `first_last` those of the first and last one.
     """
-    history, before = {}, None
-    for step, saved, replicate, params in kept_params(workdir, index):
-        strength = strength_at(replicate.hyper, step)
-        tensors = all_sums(params, saved, strength, before)
-        history[step], before = by_kind(tensors), params
-    steps = list(history)
-    kinds = list(history[steps[0]])
-    ternary = [kind for kind in kinds if kind not in FULL_PRECISION]
-    groups = {k: [k] for k in kinds if k in FULL_PRECISION} | {"ternary": ternary}
-    told = {
-        name: [numbers(add([history[step][kind] for kind in members])) for step in steps]
-        for name, members in groups.items()
-    }
-    counts = {
-        name: {key: [t[key] for t in list_] for key in COUNTS if key in list_[0]}
-        for name, list_ in told.items()
-    }
-    shares = {key: [short(t[key]) for t in told["ternary"] if key in t] for key in SHARES}
-    first_last = {}
-    for kind in kinds:
-        ends = [history[steps[0]][kind], history[steps[-1]][kind]]
-        keys = LATENT if kind in FULL_PRECISION else QUANTISED
-        if kind not in ("norm", "bias"):
-            first_last[kind] = {key: [short(numbers(e)[key]) for e in ends] for key in keys}
-            first_last[kind]["histogram"] = [per_mille(e["histogram"]) for e in ends]
-    layers = {
-        name: [short(numbers(sums)[key]) for key in LAYER_KEYS]
-        for name, (kind, sums) in tensors.items()
-        if kind not in FULL_PRECISION
-    }
-    size = history[steps[-1]]["embedding"]["size"]
-    predicted = [round(x) for x in predicted_counts(saved, replicate.hyper, size, steps)]
+    steps = [0, *run.kept_steps]
+    predicted = [counts_without_gradient(run.cfg, rep.hyper, steps) for rep in run.replicates]
     return {
-        "weights": {
-            "step": steps,
-            "embedding_size": size,
-            "counts": counts,
-            "predicted": predicted,
-            "ternary": shares,
-            "first_last": first_last,
-            "layers": layers,
-        }
+        "weights": [
+            {"step": steps, "predicted": counts} | over_steps(sums)
+            for counts, sums in zip(predicted, sums_at(run, steps), strict=True)
+        ]
+    }
+
+
+def over_steps(history: list[dict[str, tuple[str, dict]]]) -> dict:
+    """The numbers of one replicate from the sums of its tensors at every step."""
+    sums = [inspection.by_kind(found) for found in history]
+    ternary = [kind for kind in sums[0] if kind not in inspection.FULL_PRECISION]
+    groups = {k: [k] for k in sums[0] if k not in ternary} | {"ternary": ternary}
+    by_group = {
+        name: [inspection.numbers(inspection.add([at_step[k] for k in parts])) for at_step in sums]
+        for name, parts in groups.items()
+    }
+    matrices = [kind for kind in sums[0] if kind not in ("norm", "bias")]
+    return {
+        "counts": {
+            name: {key: [x[key] for x in steps] for key in COUNTS if key in steps[0]}
+            for name, steps in by_group.items()
+        },
+        "ternary": {
+            key: [short(x[key]) for x in by_group["ternary"] if key in x] for key in SHARES
+        },
+        "first_last": {kind: first_last(sums[0][kind], sums[-1][kind]) for kind in matrices},
+    }
+
+
+def first_last(*ends: dict) -> dict[str, list]:
+    """Numbers and histograms, in thousandths, of the sums of a kind at two steps."""
+    first, _ = pair = [inspection.numbers(sums) for sums in ends]
+    shares = [sums["histogram"] / sums["histogram"].sum() for sums in ends]
+    return {key: [short(x[key]) for x in pair] for key in QUANTISED if key in first} | {
+        "histogram": [np.rint(1000 * share).astype(int).tolist() for share in shares]
     }
 
 
@@ -251,240 +85,112 @@ def short(x: float) -> float:
     return float(f"{x:.3g}")
 
 
-def per_mille(counts) -> list[int]:
-    """Counts as whole thousandths of their sum."""
-    return [round(1000 * int(c) / int(counts.sum())) for c in counts]
+def counts(df, arm: str, group: str, key: str = "above_1.1") -> np.ndarray:
+    """Weights of a group over seeds and steps [N, S]."""
+    return np.stack(each(df, arm, f"weights/counts/{group}/{key}"))
 
 
-def counted(row: dict, group: str | None = None, key: str = "above_1.1", at: int = -1) -> int:
-    """Weights of one group (None: of all) that a row counts at its `at`-th step."""
-    counts = row["weights"]["counts"]
-    return sum(counts[g][key][at] for g in ([group] if group else counts))
+def total(df, group: str, key: str) -> int:
+    return sum(int(counts(df, arm, group, key).sum()) for arm in ARM_NAMES)
 
 
-def counted_ever(rows: list[dict], key: str) -> int:
-    """Ternary matrices' counts summed over all steps and rows."""
-    return sum(sum(row["weights"]["counts"]["ternary"][key]) for row in rows)
+def off(df, arm: str) -> np.ndarray:
+    """Relative distance of the embedding's last count from the predicted one, by seed."""
+    predicted = np.stack(each(df, arm, "weights/predicted"))[:, -1]
+    return counts(df, arm, "embedding")[:, -1] / predicted - 1
 
 
-def analyse(rows: list[dict]) -> page.Study:
-    """Which weights the report's count holds, whether any leaves the codes, and the prediction."""
-    n, arms = compare.n_seeds(rows), compare.by_arm(rows)
-    steps = rows[0]["weights"]["step"]
-    outside, ternary = counted_ever(rows, "outside"), counted_ever(rows, "above_1.1")
-    shown = [r for r in rows if r["hyper"]["coupled_1"] > 0] or rows
-    name = shown[0]["arm"]
-    count = stats.interval(counted(r) for r in shown)
-    embedding = stats.interval(counted(r, "embedding") for r in shown)
-    share = embedding.mean / count.mean if count.mean else 0.0
-    predicted = shown[0]["weights"]["predicted"][-1]
-    holds = (
-        f"of {count.text(',.0f')} weights above {THRESHOLD:g} in {name} at step {steps[-1]}, "
-        f"{share:.1%} are entries of the embedding"
-    )
-    latents = f"{ternary:,}" if ternary else "none"
-    off = "nothing is predicted above it"
-    if predicted:
-        error = stats.interval(counted(r, "embedding") / predicted - 1 for r in shown)
-        off = f"the embedding's count differs from the {predicted:,} that decay alone predicts by "
-        off += f"{error.text('+.1%')} (n={error.n})"
-    zeros = {
-        arm: stats.interval(r["weights"]["ternary"]["zero_rate"][-1] for r in members)
-        for arm, members in arms.items()
-    }
-    told = ", ".join(f"{arm} {rate.text('.1%')}" for arm, rate in zeros.items())
-    result = (
-        f"{holds}; ternary latents above it, at {len(steps)} steps of all arms: {latents}; values "
-        f"of the forward pass outside the codes: {outside:,}; {off}; zero "
-        f"codes at the end: {told}"
-    )
-    bound = f"{outside:,} values of the forward pass lie"
-    if not outside:
-        bound = "no value of the forward pass lies"
-    conclusion = (
-        f"{bound} outside the quantised codes; {holds} and "
-        f"{'some' if ternary else 'none'} a ternary latent; {off}"
-    )
-    return page.Study(
-        arms=f"recipes {', '.join(arms)}",
-        n=n,
-        result=result,
-        conclusion=conclusion,
-        tables=[
-            count_table(rows),
-            time_table(rows),
-            kind_table(rows),
-            layer_table(shown),
-            compare.arm_table(rows),
-        ],
-        figures=figures(rows, shown),
-    )
+def zeros(df, arm: str, kind: str | None = None):
+    """Share of zero codes at the last step: of all ternary matrices, or of one kind."""
+    place = f"first_last/{kind}" if kind else "ternary"
+    return interval(rates[-1] for rates in each(df, arm, f"weights/{place}/zero_rate"))
 
 
-def count_table(rows: list[dict]) -> page.Table:
-    """Counts above THRESHOLD by arm and step."""
-    lines = []
-    for arm, members in compare.by_arm(rows).items():
-        weights = members[0]["weights"]
-        rest = [group for group in weights["counts"] if group not in ("embedding", "ternary")]
-        for i, step in enumerate(weights["step"]):
-            embedding = [counted(r, "embedding", at=i) for r in members]
-            parts = [
-                [counted(r, at=i) for r in members],
-                embedding,
-                [sum(counted(r, group, at=i) for group in rest) for r in members],
-                [counted(r, "ternary", at=i) for r in members],
-            ]
-            told = [f"{p[0]:,}" if len(set(p)) == 1 else stats.interval(p).text(",.0f")
-                    for p in parts]  # fmt: skip
-            predicted = weights["predicted"][i]
-            off = f"{np.mean(embedding) / predicted - 1:+.1%}" if predicted else ""
-            lines.append([f"{arm}, step {step}", *told, f"{predicted:,}", off])
-    note = (
-        f"Mean [95 % t interval] over n = {compare.n_seeds(rows)} seeds. Predicted: of the "
-        f"{rows[0]['weights']['embedding_size']:,} entries of the embedding if none got a "
-        "gradient; off: the embedding's count against it."
-    )
-    columns = ["recipe, step", "all", "embedding", "head, norms", "ternary", "predicted", "off"]
-    return page.Table(f"Weights with |w| > {THRESHOLD:g}", columns, lines, note)
+CLAIMS = (
+    Claim(
+        "codes",
+        "no value of the forward pass lies outside the ternary codes, in any arm, at any step",
+        lambda df: total(df, "ternary", "outside") == 0,
+        QUICK,
+    ),
+    Claim(
+        "latents",
+        "no latent weight of a ternary matrix is above 1, in any arm, at any step",
+        lambda df: total(df, "ternary", "above_1") == 0,
+        QUICK,
+    ),
+    Claim(
+        "embedding",
+        "all weights above 1.1 that the coupled recipe ends with are entries of the embedding",
+        lambda df: (
+            counts(df, COUPLED, "embedding")[:, -1].all()
+            and not any(counts(df, COUPLED, g)[:, -1].any() for g in ("head", "norm", "ternary"))
+        ),
+        QUICK,
+    ),
+    Claim(
+        "predicted",
+        "in every arm the embedding's entries above 1.1 are within 1 % of what decay alone leaves",
+        lambda df: all((abs(off(df, arm)) < 0.01).all() for arm in ARM_NAMES),
+        QUICK,
+    ),
+    Claim(
+        "zeros",
+        "over 80 % of the coupled recipe's ternary codes end as zeros; of the others' under 30 %",
+        lambda df: (
+            zeros(df, COUPLED).low > 0.8
+            and max(zeros(df, DECOUPLED).high, zeros(df, PUBLISHED).high) < 0.3
+        ),
+        QUICK,
+    ),
+    Claim(
+        "feed-forward",
+        "over 99.9 % of the codes of the coupled recipe's feed-forward matrices end as zeros",
+        lambda df: min(zeros(df, COUPLED, kind).low for kind in ("gate_up", "down")) > 0.999,
+        QUICK,
+    ),
+)
 
 
-HEADINGS = {
-    "above_scale": ("|w| > mean|w|", ".1%"),
-    "zero_rate": ("zeros", ".1%"),
-    "flip_rate": ("flips", ".2%"),
-    "std": ("std", ".3g"),
-    "scale": ("mean|w|", ".3g"),
-    "sqnr": ("SQNR, dB", ".2f"),
-}
+def show(df, exhibits) -> None:
+    kinds = [c.split("/")[2] for c in df if c.startswith(FIRST_LAST) and c.endswith("/std")]
+    heads = ["", "embedding", "head", "norms", "ternary", "embedding, by decay alone"]
+    note = "Means over seeds. SQNR of a normal distribution: 5.79 dB, of a uniform one 8.06."
+    for arm in dict.fromkeys(df["arm"]):
+        run = of(df, arm)
+        steps, predicted = run["weights/step"].iloc[0], run["weights/predicted"].iloc[0]
+        groups = [run[f"weights/counts/{g}/above_1.1"] for g in GROUPS]
+        lines = [
+            [f"step {step}", *(interval(x[i] for x in group).text(",.0f") for group in groups),
+             f"{predicted[i]:,}"]
+            for i, step in enumerate(steps)
+        ]  # fmt: skip
+        exhibits.grid(f"Weights above 1.1: {arm}", heads, lines)
+        lines = [[f"{kind}, step {steps[i]}", *(cell(x[i]) for x in means(run, kind, QUANTISED))]
+                 for kind in kinds for i in (0, -1)]  # fmt: skip
+        exhibits.grid(f"Matrices by kind: {arm}", ["", *QUANTISED], lines, note)
+        series = [charts.Series("measured", steps, curve) for curve in groups[0]]
+        series.append(charts.Series("decay alone", steps, predicted))
+        half = int(run["steps"].iloc[0]) // 2
+        exhibits.panels([charts.Panel(series, arm, "embedding |w| > 1.1", half)])
+        for kind in kinds:
+            (shares,), centres = means(run, kind, ["histogram"]), BIN * (np.arange(BINS) + 0.5)
+            series = [charts.Series(f"step {steps[i]}", centres, shares[i]) for i in (0, -1)]
+            panel = charts.Panel(series, f"{arm}: {kind}", "thousandths", xlabel="|w| / mean|w|")
+            exhibits.panels([panel], "Means over seeds; the last bin is open.")
 
 
-def time_table(rows: list[dict]) -> page.Table:
-    """All ternary matrices together, by arm and step: means over seeds."""
-    lines = []
-    for arm, members in compare.by_arm(rows).items():
-        for i, step in enumerate(members[0]["weights"]["step"]):
-            told = [f"{np.mean([counted(r, 'ternary', k, i) for r in members]):,.0f}"
-                    for k in ("above_1", "outside")]  # fmt: skip
-            for key in SHARES:
-                series = [r["weights"]["ternary"][key] for r in members]
-                late = i - (len(members[0]["weights"]["step"]) - len(series[0]))
-                mean = np.mean([s[late] for s in series]) if late >= 0 else None
-                told.append("" if mean is None else f"{mean:{HEADINGS[key][1]}}")
-            lines.append([f"{arm}, step {step}", *told])
-    note = (
-        "Outside: values of the forward pass that are no code times the scale. |w| > mean|w|: "
-        "latents beyond the dequantised value, 42 % of a normal and half of a uniform "
-        "distribution; nothing clips them. Flips: codes changed since the step above."
-    )
-    columns = ["recipe, step", "|w| > 1", "outside", *(HEADINGS[key][0] for key in SHARES)]
-    return page.Table("Ternary matrices before and after quantisation", columns, lines, note)
+def cell(x: float) -> str:
+    return "" if np.isnan(x) else f"{x:.3g}"
 
 
-def kind_table(rows: list[dict]) -> page.Table:
-    """Matrices by kind, at the first and the last step: means over seeds."""
-    lines = []
-    for arm, members in compare.by_arm(rows).items():
-        weights = members[0]["weights"]
-        for kind, found in weights["first_last"].items():
-            for i in (0, -1):
-                told = []
-                for key in QUANTISED:
-                    values = [r["weights"]["first_last"][kind].get(key) for r in members]
-                    mean = np.mean([v[i] for v in values]) if key in found else None
-                    told.append("" if mean is None else f"{mean:{HEADINGS[key][1]}}")
-                lines.append([f"{arm}, {kind}, step {weights['step'][i]}", *told])
-    note = (
-        "Embedding and head are never quantised. SQNR of a normal distribution 5.79 dB, of a "
-        "uniform one 8.06 dB. The quantiser's scale is at least 1e-5: latents below half of that "
-        "are zeros."
-    )
-    columns = ["recipe, matrices, step", *(HEADINGS[key][0] for key in QUANTISED)]
-    return page.Table("By kind of matrix", columns, lines, note)
-
-
-def layer_table(rows: list[dict]) -> page.Table:
-    """Quantised matrices of one arm by layer at the last step: means over seeds."""
-    lines = []
-    for name in rows[0]["weights"]["layers"]:
-        means = np.mean([r["weights"]["layers"][name] for r in rows], axis=0)
-        pairs = zip(LAYER_KEYS, means, strict=True)
-        lines.append([name, *(f"{x:{HEADINGS[key][1]}}" for key, x in pairs)])
-    title = f"By layer, {rows[0]['arm']}, step {rows[0]['weights']['step'][-1]}"
-    return page.Table(title, ["matrix", *(HEADINGS[key][0] for key in LAYER_KEYS)], lines)
-
-
-def figures(rows: list[dict], shown: list[dict]) -> list[tuple[str, str]]:
-    """Counts against the step beside the prediction, and distributions of one arm."""
-    out = []
-    for arm, members in compare.by_arm(rows).items():
-        weights = members[0]["weights"]
-        series = [
-            charts.Series("measured", w["step"], w["counts"]["embedding"]["above_1.1"])
-            for w in (r["weights"] for r in members)
-        ]
-        series.append(charts.Series("decay alone", weights["step"], weights["predicted"]))
-        panel = charts.Panel(series, arm, f"|w| > {THRESHOLD:g}", members[0]["steps"] // 2)
-        caption = (
-            f"Embedding entries above {THRESHOLD:g}, {arm}: one line per seed, and what decay "
-            "alone leaves of entries without gradient."
-        )
-        out.append((caption, charts.panels_svg([panel])))
-    weights = shown[0]["weights"]
-    for kind, found in weights["first_last"].items():
-        quantised = "sqnr" in found
-
-        def mean(key, kind=kind):
-            return np.mean([r["weights"]["first_last"][kind][key] for r in shown], axis=0)
-
-        zeros = mean("zero_rate") if quantised else None
-        told = "before (wide) and after quantisation (narrow)" if quantised else "never quantised"
-        caption = f"{kind}, {told}: shares of the weights, means over seeds; the last bin is open."
-        steps = (weights["step"][0], weights["step"][-1])
-        title = f"{kind}, {shown[0]['arm']}"
-        out.append((caption, histogram_svg(title, steps, mean("histogram") / 1000, zeros)))
-    return out
-
-
-def histogram_svg(title: str, steps, shares, zeros=None) -> str:
-    """Bars of |w| / mean|w| at two steps: `shares` [2, BINS], and `zeros` [2] of ternary codes."""
-    colors, left, base, unit, tall = ("#56b4e9", "#d55e00"), 14, 212, 136, 150
-    groups = [(BIN * (np.arange(BINS) + 0.5), shares, 0.9 * BIN, 0.5)]
-    if zeros is not None:
-        codes = np.stack([zeros, 1 - np.asarray(zeros)], axis=1)
-        groups.append((np.array([0.04, 1.0]), codes, 0.08, 1.0))
-    top = max(float(np.max(values)) for _, values, _, _ in groups)
-    parts = []
-    for centres, values, wide, opacity in groups:
-        for j, color in enumerate(colors):
-            for centre, value in zip(centres, values[j], strict=True):
-                x, h = left + unit * (centre - wide / 2 + j * wide / 2), tall * value / top
-                parts.append(
-                    f'<rect x="{x:.1f}" y="{base - h:.1f}" width="{unit * wide / 2:.1f}" '
-                    f'height="{h:.1f}" fill="{color}" fill-opacity="{opacity}"/>'
-                )
-
-    def text(x, y, content, color=charts.MUTED, more=""):
-        parts.append(f'<text x="{x}" y="{y}" fill="{color}" font-size="11" {more}>{content}</text>')
-
-    text(8, 16, title, charts.INK, 'font-weight="bold"')
-    for j, color in enumerate(colors):
-        text(8 + 80 * j, 36, f"■ step {steps[j]}", color)
-    text(366, 36, f"highest: {top:.0%}", more='text-anchor="end"')
-    for x in (0, 0.5, 1, 1.5, 2, 2.5):
-        text(left + unit * x, base + 16, f"{x:g}", more='text-anchor="middle"')
-    text(left + unit * 1.25, base + 33, "|w| / mean|w|", more='text-anchor="middle"')
-    parts.append(f'<path d="M{left} {base}h340" stroke="{charts.MUTED}"/>')
-    return (
-        f'<svg role="img" aria-label="{title}" viewBox="0 0 374 250" '
-        f'font-family="{charts.FONTS}">{"".join(parts)}</svg>'
-    )
-
-
-def body(request: common.Request) -> None:
-    rows = sweep.train_arms(NAME, request, ARMS, extra=extra)
-    common.conclude(NAME, __doc__, request.workdir, rows, analyse)
+def means(run, kind: str, keys) -> list[np.ndarray]:
+    """Means over seeds of numbers of a kind at the first and the last step; NaN where there is
+    none."""
+    columns = [f"{FIRST_LAST}{kind}/{key}" for key in keys]
+    return [np.mean(np.stack(run[c]), axis=0) if c in run else NONE for c in columns]
 
 
 if __name__ == "__main__":
-    common.main(__doc__, NAME, "quick", body, seeds="0-2", quick=QUICK, sweep=True)
+    experiment(__doc__, ARMS, measure, CLAIMS, show,
+               quick=(*SMALL, "run.checkpoint_every=50", "run.save_every=50"))  # fmt: skip

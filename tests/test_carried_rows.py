@@ -74,7 +74,7 @@ def test_counts_of_runs():
 
 
 def test_shares_of_the_shrink_law():
-    run = stats.of(of_study("shrink_law", QUICK), "the report's")
+    run = stats.of(of_study("shrink_law", QUICK), "coupled")
     shares = [
         np.array(share)[np.array(steps) <= end].mean()
         for share, steps, end in zip(
@@ -85,7 +85,7 @@ def test_shares_of_the_shrink_law():
         )
     ]
     assert stats.interval(shares).text(".1%") == "75.0% [74.8%, 75.2%]"
-    half = stats.mean(of_study("shrink_law", BOOKS), "the report's", "shrink/half_step")
+    half = stats.mean(of_study("shrink_law", BOOKS), "coupled", "shrink/half_step")
     assert half.text(".0f") == "152 [152, 153]"
 
 

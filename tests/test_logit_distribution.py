@@ -1,16 +1,22 @@
-"""Statistics of logits have their closed forms; the analysis says what the rows show."""
+"""Statistics of logits have their closed forms; what rows bear out."""
 
-import dataclasses
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lab_rows import REFERENCES, make_rows
 
-from bitnet_jax import log, presets, run
+from bitnet_jax import presets, program
+from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, MODE_SHARE
 from experiments import logit_distribution as study
-from experiments import logits
+from experiments.lab import claims, logits, rows
+from experiments.lab.finished import Finished
+from experiments.lab.studies import QUICK
 
 V = 4096
+CLAIMS = {claim.name: claim for claim in study.CLAIMS}
 
 
 @pytest.fixture(scope="module")
@@ -88,104 +94,68 @@ def test_gap_is_the_distance_of_the_two_largest():
     assert (got["gap"], got["distinct"], got["mode_share"]) == (2, 2, pytest.approx(2 / 3))
 
 
-REFERENCES = {
-    "tracked_positions": 1024,
-    "targets": {"distinct": 394},
-    "uniform": {"loss": 7.62, "entropy": 7.62, "distinct": 1},
-    "unigram": {"loss": 6.49, "entropy": 6.33, "distinct": 1},
-    "bigram": {"loss": 4.39, "entropy": 4.09, "distinct": 185},
-}
+def test_measured_logits_agree_with_the_evaluation_of_the_run(tiny):
+    """At initialisation, which no checkpoint holds."""
+    built = program.build(tiny, presets.make_replicates(tiny, [3, 4], {}))
+    run = types.SimpleNamespace(
+        cfg=built.cfg,
+        replicates=built.replicates,
+        kept_steps=[],
+        tokens=built.tokens,
+        states_at=lambda step: Finished.states_at(run, step),
+        replicate=lambda tree, index: jax.tree.map(lambda x: x[index], tree),
+    )
+    found = study.measure(run)["logits"]
+    with jax.set_mesh(built.mesh):
+        evaluated = jax.device_get(built.evaluate(built.init()))
+    assert found[0] != found[1] and found[0]["step"] == [0]
+    wanted = {"distinct": DISTINCT, "mode_share": MODE_SHARE, "entropy": ENTROPY, "std": LOGIT_STD}
+    for name, key in wanted.items():
+        measured = [numbers[name][0] for numbers in found]
+        np.testing.assert_allclose(measured, evaluated[key], rtol=0.01)
 
 
-def rows(**coupled):
-    """Rows of three seeds: noise at step 0, then the given last numbers of the coupled arm."""
-    start = logits.describe(np.random.default_rng(0).normal(0, 0.577, (16, 2048)))
-    small = {"entropy": 7.6, "gaussian_entropy": 7.61, "distinct": 4, "std": 0.1}
-    small |= {"context_std": 0.01, "gap": 0.3, "mode_share": 0.97}
-    wide = {"entropy": 5.0, "context_std": 0.7, "gap": 0.3}
-    last = {"report": small | coupled, "report_decoupled": wide}
-    return [
-        {
-            "arm": arm,
-            "seed": seed,
-            "steps": 300,
-            "references": REFERENCES,
-            "logits": {"step": [0, 300]}
-            | {k: [v, ended.get(k, v) * (1 + 1e-4 * seed)] for k, v in start.items()},
-        }
-        for arm, ended in last.items()
-        for seed in range(3)
-    ]
+# --------------------------------------------------------------------------------------- claims
 
 
-def test_small_shared_logits_are_named_as_what_explains_the_paradox():
-    found = study.analyse(rows())
-    told = found.conclusion
-    assert "the paradox is there at step 300 (n=3): entropy 7.60" in told
-    assert "4 distinct predictions of 1024 (text 394, bigram 185, unigram 1)" in told
-    assert "accounts for the entropy: ln V - s^2/2 = 7.61 [7.61, 7.61]" in told
-    assert "numerics do not explain it" in told
-    assert "no sign of several modes" in found.result
-    seldom, can = found.result.split("; decoupled, ")
-    assert "less than the 0.30" in seldom and "97% of positions predict the same" in seldom
-    assert "more than the 0.30" in can
+def frame(**changed):
+    """Three seeds of both arms; `changed` are last numbers of the coupled arm.
+
+    The bigram predicts 5 distinct tokens, and an entropy is 6 at most.
+    """
+    made = make_rows({arm: [5.0, 5.1, 5.2] for arm in study.ARM_NAMES})
+    rounding = {"prediction_changed": 0.0, "sum_error": 1e-7, "entropy_error": 1e-8}
+    for row in made:
+        numbers = {"entropy": 5.9, "gaussian_entropy": 5.95, "distinct": 1, "mode_share": 0.9,
+                   "context_std": 0.1}  # fmt: skip
+        numbers |= {f"{dtype}/{k}": x for dtype in ("float32", "bfloat16")
+                    for k, x in rounding.items()}  # fmt: skip
+        if row["arm"] == study.COUPLED:
+            numbers |= changed
+        else:
+            numbers |= {"entropy": 3.0, "mode_share": 0.1, "context_std": 0.7}
+        row["extra"]["logits"] = {k: [0.0, x] for k, x in numbers.items()}
+    return rows.frame(made)
 
 
-@pytest.mark.parametrize("changed", [{"entropy": 6.0, "gaussian_entropy": 6.0}, {"distinct": 150}])
-def test_low_entropy_or_many_predictions_are_no_paradox(changed):
-    assert study.analyse(rows(**changed)).conclusion.startswith("no paradox at step 300 (n=3)")
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claims_hold_on_rows_that_are_so_by_construction(name):
+    assert REFERENCES["bigram"]["distinct"] == 5
+    assert claims.judge(CLAIMS[name], QUICK, frame()).status == claims.HOLDS
 
 
 @pytest.mark.parametrize(
-    ("gaussian", "told"),
-    [(7.65, "accounts for"), (7.3, "alone puts it near the maximum"), (6.0, "does not account")],
+    ("name", "changed"),
+    [
+        ("paradox", {"entropy": 5.0}),
+        ("paradox", {"distinct": 4}),
+        ("spread", {"gaussian_entropy": 5.5}),
+        ("same", {"mode_share": 0.5}),
+        ("context", {"context_std": 0.5}),
+        ("numerics", {"float32/sum_error": 0.3}),
+        ("numerics", {"float32/prediction_changed": 0.01}),
+        ("bfloat16", {"bfloat16/entropy_error": 0.1}),
+    ],
 )
-def test_spread_is_credited_only_as_far_as_the_approximation_holds(gaussian, told):
-    assert (
-        f"s = 0.10 [0.10, 0.10], {told}"
-        in study.analyse(rows(gaussian_entropy=gaussian)).conclusion
-    )
-
-
-def test_a_tail_above_the_limit_of_one_mode_is_described():
-    told = study.analyse(rows(bimodality=0.62, skewness=6.3, p95=0.3, p100=4.7)).result
-    assert "skewness 6.3 [6.3, 6.3]: a narrow bulk (p95 0.30) and few" in told
-
-
-def test_a_gap_that_seeds_disagree_about_decides_nothing():
-    several = rows(context_std=0.3)
-    several[0]["logits"]["gap"][-1] = 0.1
-    assert "no difference seen (n=3) from the" in study.analyse(several).result
-
-
-@pytest.mark.parametrize("key", ["float32/sum_error", "float32/entropy_error"])
-def test_an_inaccurate_softmax_is_not_ruled_out(key):
-    told = study.analyse(rows(**{key: 0.3})).conclusion
-    assert "numerics may explain part of it" in told
-
-
-def test_figures_and_tables_show_both_arms_and_every_step():
-    found = study.analyse(rows())
-    assert ">ln V<" in found.figures[0][1] and ">p1 to p99<" in found.figures[2][1]
-    assert [r[0] for r in found.tables[-1].rows] == [
-        f"{arm}, step {step}" for arm in ("report", "report_decoupled") for step in (0, 300)
-    ]
-
-
-def test_measured_logits_agree_with_the_evaluations_of_the_run(tiny, tmp_path):
-    run_cfg = dataclasses.replace(
-        tiny.run, steps=4, eval_every=2, save_every=2, checkpoint_every=2, recipes=("report",)
-    )
-    cfg = dataclasses.replace(tiny, run=run_cfg)
-    run.run(cfg, presets.make_replicates(cfg, [3, 4], {}), tmp_path / "work")
-    found = study.measure(tmp_path / "work", cfg, 1)["logits"]
-    evals = [
-        row
-        for row in log.read_rows(tmp_path / "work" / "metrics.jsonl")
-        if row["kind"] == "eval" and row["replicate"] == 1
-    ]
-    assert found["step"] == [row["step"] for row in evals] == [0, 2, 4]
-    assert found["distinct"] == [row["collapse/unique_tokens"] for row in evals]
-    for key in ("mode_share", "entropy", "logit_std"):
-        wanted = [row[f"collapse/{key}"] for row in evals]
-        assert found[key.removeprefix("logit_")] == pytest.approx(wanted, rel=0.01)
+def test_claims_fail_on_rows_that_are_otherwise(name, changed):
+    assert claims.judge(CLAIMS[name], QUICK, frame(**changed)).status == claims.FAILS

@@ -1,125 +1,136 @@
-"""The law against logs that follow it, or do not, by construction."""
+"""The law against logs that follow it, or do not, by construction; what rows bear out."""
 
-import json
-from dataclasses import replace
+import types
 
 import numpy as np
 import pytest
+from lab_rows import make_rows
 
 from bitnet_jax import presets, shrink
-from bitnet_jax.config import UserError
-from experiments import common
+from bitnet_jax.config import Replicate, UserError
 from experiments import shrink_law as study
+from experiments.lab import arms, claims, rows
+from experiments.lab.studies import BOOKS
+
+CLAIMS = {claim.name: claim for claim in study.CLAIMS}
 
 
-def request(tmp_path, layout="report", steps=300):
-    cfg = presets.preset("tiny")
-    cfg = replace(
-        cfg,
-        model=replace(cfg.model, layout=layout, d_model=64),
-        run=replace(cfg.run, steps=steps, eval_every=5),
-    )
-    return common.Request("tiny", cfg, [0], {}, [], tmp_path, True, None)
+def config_of(steps=300, layout="report"):
+    return presets.override(
+        presets.preset("tiny"),
+        [f"run.steps={steps}", f"model.layout={layout}", "model.d_model=64", "run.eval_every=5",
+         "model.vocab_size=300"],
+    )[0]  # fmt: skip
 
 
-def test_arms_change_one_number_and_name_it(tmp_path):
-    arms = study.arms(request(tmp_path, steps=1000))
-    assert [arm.name for arm in arms] == [
-        "the report's", "warm-up 25", "warm-up 400", "decay 0.001", "decay 0.01", "decay 1",
-        "decoupled",
-    ]  # fmt: skip
-    assert arms[1].hyper == {"warmup_steps": 25.0}
-    assert arms[3].hyper == {"coupled_1": 0.001, "coupled_2": 0.0005}
+def test_warm_ups_are_shares_of_the_length():
+    request = arms.Request("toy", "tiny", config_of(1000), {}, [0], workdir="unused")
+    made = {arm.name: arms.replicates(request, arm, 1)[1][0].hyper for arm in study.ARMS}
+    assert [made[name].warmup_steps for name in (study.SHORT, study.LONG)] == [25, 400]
+    assert (made[study.LEAST].coupled_1, made[study.DECOUPLED].coupled_1) == (0.001, 0)
 
 
-def test_another_layout_is_refused(tmp_path):
-    with pytest.raises(UserError, match="law is for the uniform initialisation of layout report"):
-        study.arms(request(tmp_path, layout="b158"))
+def test_another_layout_is_refused():
+    study.check(config_of())
+    with pytest.raises(UserError, match=r"model\.layout=report"):
+        study.check(config_of(layout="b158"))
 
 
-def write_log(workdir, cfg, hyper, ratio):
-    """A log whose spread of logits is 0.5 times `ratio(steps)`, and whose decay part is a half."""
-    workdir.mkdir()
+def run_of(recipe, ratio):
+    """A run whose spread of logits is 0.5 times `ratio(steps)`, and half of its updates decay."""
+    cfg = config_of()
     steps = np.arange(0, cfg.run.steps + 1, cfg.run.eval_every)
-    lines = []
-    for step, r in zip(steps.tolist(), ratio(steps).tolist(), strict=True):
-        std = 0.5 * r
-        entropy = shrink.gaussian_entropy(300, std) - 0.01
-        numbers = {"eval/loss": entropy - 0.7, "collapse/entropy": entropy}
-        lines.append({"step": step, "replicate": 0, "kind": "eval", "collapse/logit_std": std})
-        lines[-1] |= numbers
-        shares = {f"decay/update_share_{g}": 0.5 for g in study.GROUPS}
-        if step:
-            lines.append({"step": step, "replicate": 0, "kind": "train", **shares})
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    saved = {"replicates": [{"hyper": vars(hyper)}], "model": {"vocab_size": 300}}
-    (workdir / "config.json").write_text(json.dumps(saved))
+    columns = {study.LOGIT_STD: 0.5 * ratio(steps)[None]}
+    columns |= {study.UPDATE_SHARE + g: np.full((1, len(steps) - 1), 0.5) for g in study.GROUPS}
+    return types.SimpleNamespace(
+        cfg=cfg,
+        replicates=[Replicate(recipe, 0, presets.RECIPES[recipe](cfg.run.steps))],
+        steps=steps,
+        column=lambda key, kind="eval": columns[key],
+        trains=[[{"step": step} for step in steps[1:].tolist()]],
+    )
 
 
-@pytest.fixture
-def no_checkpoint(monkeypatch):
-    counts = {"all": 990, "embedding": 990, "predicted": 1000.0}
-    monkeypatch.setattr(study, "count_large", lambda *_: {"above_1.1": counts})
-
-
-@pytest.mark.usefixtures("no_checkpoint")
-def test_a_log_that_follows_the_law_is_measured_so(tmp_path):
-    cfg = request(tmp_path).cfg
-    hyper = presets.RECIPES["report"](cfg.run.steps)
+def test_a_log_that_follows_the_law_is_measured_so():
+    cfg, hyper = config_of(), presets.RECIPES["coupled"](300)
     total = shrink.summed_rate(cfg.run, hyper)
-
-    def law(steps):
-        return shrink.spread_ratio(total[steps], 64**-0.5)
-
-    write_log(tmp_path / "run", cfg, hyper, law)
-    found = study.measure(tmp_path / "run", cfg, 0)["shrink"]
+    run = run_of("coupled", lambda steps: shrink.spread_ratio(total[steps], 64**-0.5))
+    found = study.against_law(run, 0)
     assert found["law_error"] == pytest.approx(0, abs=1e-6)
     assert found["half_step"] == pytest.approx(found["half_step_predicted"], abs=0.3)
-    assert found["late_entropy_gap"] == pytest.approx(-0.01, abs=1e-4)
-    assert found["late_slope"] == pytest.approx(-0.7, abs=1e-4)
     assert found["mean_share"] == dict.fromkeys(study.GROUPS, 0.5)
+    assert found["spread"]["measured"] == found["spread"]["law"]
 
 
-@pytest.mark.usefixtures("no_checkpoint")
-def test_a_log_that_keeps_its_spread_breaks_the_law(tmp_path):
-    cfg = request(tmp_path).cfg
-    hyper = presets.RECIPES["report_decoupled"](cfg.run.steps)
-    write_log(tmp_path / "run", cfg, hyper, lambda steps: np.ones(len(steps)))
-    found = study.measure(tmp_path / "run", cfg, 0)["shrink"]
+def test_a_log_that_keeps_its_spread_breaks_the_law():
+    found = study.against_law(run_of("decoupled", lambda steps: np.ones(len(steps))), 0)
     assert found["half_step"] is None
     assert 0.4 < found["law_error"] <= 0.5
 
 
-def made_rows(error):
-    """Two seeds of three arms; the report's arm is `error` off the law."""
-    found = []
-    for arm, off in ((study.REPORTED, error), ("warm-up 8", 0.01), (study.DECOUPLED, 0.4)):
-        for seed in range(2):
-            spread = {"step": [0, 300], "measured": [1, 0.3], "law": [1, 0.2]}
-            head = 0.001 if arm == study.DECOUPLED else 0.8
-            found.append({
-                "arm": arm, "seed": seed, "steps": 300,
-                "final": {"eval/loss": 7.0, "collapse/verdict": "slow"},
-                "references": {
-                    "tracked_positions": 128, "targets": {"distinct": 90},
-                    **{k: {"loss": 7.0, "entropy": 7.0, "distinct": 1}
-                       for k in ("uniform", "unigram", "bigram")},
-                },
-                "above_1.1": {"all": 990, "embedding": 990 + seed, "predicted": 1000.0},
-                "shrink": {
-                    "half_step": 40.0 + seed, "half_step_predicted": 41.0, "law_error": off,
-                    "late_std": 0.1, "late_entropy": 7.5, "late_entropy_gap": -0.01,
-                    "late_slope": -0.5, "spread": spread,
-                    "share": {"step": [20, 300]} | {g: [head, 9.0] for g in study.GROUPS},
-                    "mean_share": dict.fromkeys(study.GROUPS, head),
-                },
-            })  # fmt: skip
-    return found
+def test_a_kept_curve_has_its_ends():
+    kept = study.thin(np.arange(1001))
+    assert (len(kept), kept[0], kept[-1]) == (study.POINTS, 0, 1000)
+    assert study.thin(np.array([1.23456])) == [1.235]
 
 
-def test_the_text_says_whether_the_reports_recipe_follows_the_law():
-    good, bad = study.analyse(made_rows(0.02)), study.analyse(made_rows(0.3))
-    assert "shrink as (1 - summed rate / bound)^1.5" in good.conclusion
-    assert "until then decay is 80% of the head's updates (decoupled 0.1%)" in good.conclusion
-    assert "do not shrink as the law says: 0.300 of" in bad.conclusion
-    assert "the report's: 41 predicted, 40" in good.result
+def lawful(seed, head=0.8):
+    """Half the spread at step 41 of 40 predicted, and regrown at the end."""
+    return {
+        "half_step": 41.0,
+        "half_step_predicted": 40.0,
+        "law_error": 0.01 + 0.001 * seed,
+        "share": {"step": [20, 40, 300], "head": [head, head, 0.0]},
+        "spread": {"step": [0, 300], "measured": [1, 0.3], "law": [1, 0.0]},
+    }
+
+
+def frame(**changed):
+    """Three seeds; coupled decay of 0.1 and 1 follows the law and has not learned, the rest has.
+
+    `changed` are numbers of the coupled arm's `shrink`.
+    """
+    losses = {arm: [7.0, 7.1, 7.2] for arm in study.LAWFUL}
+    losses |= {study.LESS: [3.0] * 3, study.LEAST: [2.0, 2.1, 2.2], study.DECOUPLED: [3.0] * 3}
+    made = make_rows(losses)
+    for row in made:
+        numbers = lawful(row["seed"], 0.01 if row["arm"] == study.DECOUPLED else 0.8)
+        if row["arm"] not in study.LAWFUL:
+            numbers |= {"half_step": None, "law_error": 0.2}
+        if row["arm"] == study.COUPLED:
+            numbers |= changed
+        row["extra"] |= {"shrink": numbers, "above_1.1": {"embedding": 990, "predicted": 1000.0}}
+    return rows.frame(made)
+
+
+def status(name, df):
+    return claims.judge(CLAIMS[name], BOOKS, df).status
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claims_hold_on_rows_that_are_so_by_construction(name):
+    assert status(name, frame()) == claims.HOLDS
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("onset", {"law_error": 0.3}),
+        ("step", {"half_step": 60.0}),
+        ("only", {"spread": {"step": [0, 300], "measured": [1, 0.1], "law": [1, 0.0]}}),
+        ("head", {"share": {"step": [20, 40, 300], "head": [0.8, 0.4, 0.9]}}),
+    ],
+)
+def test_claims_fail_on_rows_that_are_otherwise(name, changed):
+    assert status(name, frame(**changed)) == claims.FAILS
+
+
+def test_claims_of_amounts_follow_losses_and_counts():
+    df = frame()
+    assert status("amount", df.replace({"arm": {study.LEAST: "x", study.LESS: study.LEAST}})) == (
+        claims.FAILS
+    )
+    assert status("large", df.assign(**{study.LOSS: 1.0})) == claims.FAILS
+    assert status("counts", df.assign(**{"above_1.1/embedding": 900})) == claims.FAILS
+    assert status("less", df.assign(**{"shrink/half_step": 100.0})) == claims.FAILS
+    assert status("onset", df[df["seed"] < 2]) == claims.UNDECIDED

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, config, data, log, recorder, restore, verdict
+from bitnet_jax import checkpoint, config, data, log, program, recorder, restore, verdict
 from bitnet_jax.config import UserError
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS, MUTUAL_INFORMATION, TRAIN_LOSS
 from experiments.lab.rows import without_folders
@@ -50,7 +50,9 @@ class Finished:
         return self.states_at(self.cfg.run.steps)
 
     def states_at(self, step: int):
-        """A kept checkpoint, NumPy [R, ...]; step 0 is the initialisation. Raises UserError."""
+        """A kept checkpoint, or the start at step 0, NumPy [R, ...]; raises UserError."""
+        if step == 0 and self.cfg.run.init is None:
+            return jax.device_get(program.build(self.cfg, self.replicates).init())
         return restore.load_replicates(self.workdir, step)[2]
 
     @property

@@ -106,6 +106,14 @@ def values(df: pd.DataFrame, arm: str, column: str, steps: int | None = None) ->
     return rows[column]
 
 
+def each(df: pd.DataFrame, arm: str, column: str, steps: int | None = None) -> pd.Series:
+    """`values` for a claim about every seed: raises NotEnough for fewer than SEEDS rows."""
+    found = values(df, arm, column, steps)
+    if len(found) < SEEDS:
+        raise NotEnough(f"{len(found)} seeds of {arm}")
+    return found
+
+
 def mean(df: pd.DataFrame, arm: str, column: str, steps: int | None = None) -> Interval:
     """Mean over the seeds of an arm with its interval."""
     return interval(values(df, arm, column, steps))
