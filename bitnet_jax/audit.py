@@ -223,8 +223,8 @@ TESTS = (
         predictions,
         lambda m: (
             f"loss {m['loss']:.3f}, entropy {m['entropy']:.3f}, unigram "
-            f"{m['unigram_loss']:.3f}, difference {m['unigram_difference']:+.3f} (standard error "
-            f"{m['unigram_error']:.3f})"
+            f"{m['unigram_loss']:.3f}, difference {m['minus_unigram']:+.3f} (standard error "
+            f"{m['minus_unigram_se']:.3f})"
         ),
     ),
     Test(
@@ -232,8 +232,8 @@ TESTS = (
         WEIGHTS,
         temperature,
         lambda m: (
-            f"best scale {m['scale']:.2g} gains {m['scale_gain']:.3f}; with a unigram bias of "
-            f"{m['bias']:.2g} {m['bias_gain']:.3f}"
+            f"best scale {m['scale']:.2g} gains {m['scale_gain']:.3f}, with "
+            f"{m['bias']:.2g} times the unigram's logarithm {m['bias_gain']:.3f}"
         ),
     ),
     Test(
@@ -265,7 +265,8 @@ TESTS = (
         text,
         lambda m: (
             f"pieces that occurred before {m['repeated_text']:.1%}, documents "
-            f"{m['repeated_documents']:.1%}; vocabulary unused {m['unused_vocabulary']:.1%}"
+            f"{m['repeated_documents']:.1%}; vocabulary unused {m['unused_vocabulary']:.0%}, "
+            f"with {m['unused_mass']:.1%} of the probability"
         ),
     ),
     Test(
