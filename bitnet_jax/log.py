@@ -241,11 +241,16 @@ class Progress:
         self.done, self.seconds, self.since = 0, 0.0, None
         self.states: dict[int, dict] = {}  # the last evaluation of each replicate
         self.warned: set[tuple[str, int]] = set()
+        self.compiled: set[str] = set()
         self.drawn, self.written, self.shown = False, -math.inf, None
 
     @contextlib.contextmanager
     def compiling(self, what: str):
-        """Tell how long the block takes that compiles something."""
+        """Tell how long a block takes that is the first of its name, and so compiles."""
+        if what in self.compiled:
+            yield
+            return
+        self.compiled.add(what)
         began = time.monotonic()
         self.end_line()
         print(f"compiling {what} ...", end="", file=sys.stderr, flush=True)
