@@ -177,10 +177,19 @@ class Request:
 
 def add_run(parser: Parser, *, preset: str = PRESET, seeds: str = "0", place: str) -> None:
     """Add the flags that describe a run; `place` says what the default of --workdir is."""
+    add_configuration(parser, preset=preset, seeds=seeds)
+    add = parser.add_argument
+    add("--workdir", type=_folder, help=f"where to write (default: {place})")
+    add("--resume", action="store_true", help="go on in a workdir that was interrupted")
+    add("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+    add("--verbose", action="store_true", help="print the table of what decays, too")
+
+
+def add_configuration(parser: Parser, *, preset: str = PRESET, seeds: str = "0") -> None:
+    """Add the flags that describe what is trained."""
     parser.default_preset = preset
     _add_base(parser, preset)
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -188,12 +197,12 @@ def add_run(parser: Parser, *, preset: str = PRESET, seeds: str = "0", place: st
         dest="assignments",
         help="change a field (see below); may be repeated",
     )
-    add("--seeds", help=f"0 | 0-4 | 1,5,7 (default: {seeds}): initialisation and order of the data")
-    add("--workdir", type=_folder, help=f"where to write (default: {place})")
-    add("--resume", action="store_true", help="go on in a workdir that was interrupted")
-    add("--dry-run", action="store_true", help="say what would be trained, and train nothing")
-    add("--verbose", action="store_true", help="print the table of what decays, too")
-    parser.set_defaults(default_seeds=seeds)
+    parser.add_argument(
+        "--seeds",
+        help=f"0 | 0-4 | 1,5,7 (default: {seeds}): initialisation and order of the data",
+    )
+    parser.set_defaults(default_seeds=seeds, workdir=None, resume=False)
+    parser.set_defaults(dry_run=False, verbose=False)
 
 
 def _add_base(parser, preset: str) -> None:
@@ -217,6 +226,13 @@ def add_source(parser: Parser) -> None:
         metavar="SOURCE",
         help="WORKDIR[@STEP[:REPLICATE]] (default: last step, replicate 0), or a folder of "
         "Hugging Face's transformers",
+    )
+
+
+def add_text(parser: Parser) -> None:
+    """Add the text that a model is examined on."""
+    parser.add_argument(
+        "--text", metavar="GLOB", help="files to examine it on (default: the run's own corpus)"
     )
 
 
@@ -248,7 +264,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) -> Request:
-    """The run that the flags of `add_run` describe; raises UserError for values that do not fit.
+    """The run that the flags of `add_configuration` describe; raises UserError for values that do not fit.
 
     `changes` are assignments that an experiment makes before the user's; `name` begins the name of
     the default workdir.
