@@ -264,7 +264,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) -> Request:
-    """The run that the flags of `add_configuration` describe; raises UserError for values that do not fit.
+    """The run that the flags of `add_configuration` describe; raises UserError for a misfit.
 
     `changes` are assignments that an experiment makes before the user's; `name` begins the name of
     the default workdir.
