@@ -42,21 +42,23 @@ def guard(command: Callable[[], int | None]) -> None:
     An exception ends with its `exit_status` where it has one, and with a traceback otherwise.
     """
     try:
-        _catch_signals()
+        received = _catch_signals()
         for stream in (sys.stdout, sys.stderr):  # a terminal of ASCII shows all text somehow
             stream.reconfigure(errors="backslashreplace")
         status = command() or 0
         sys.stdout.flush()
-    except Stopped as stop:
-        status = fail("stopped", 128 + stop.signum)
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
-    except Exception as error:
-        if (status := getattr(error, "exit_status", None)) is None:
+    except BaseException as error:
+        status = getattr(error, "exit_status", None)
+        if received and status is None:  # libraries turn Stopped into errors of their own
+            status = fail("stopped", 128 + received[0])
+        elif status is None:
             raise
-        kind = {1: "failed: ", 2: "error: "}.get(status, "")
-        fail(f"{kind}{error}", status)
+        else:
+            kind = {1: "failed: ", 2: "error: "}.get(status, "")
+            fail(f"{kind}{error}", status)
     finally:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
@@ -71,13 +73,16 @@ def fail(text: str, status: int) -> int:
     return status
 
 
-def _catch_signals() -> None:
-    """SIGINT and SIGTERM raise Stopped; the second one kills.
+def _catch_signals() -> list[int]:
+    """SIGINT and SIGTERM raise Stopped and stand in the list that is returned; the second kills.
 
     Python drops what is raised inside a destructor or a callback: there the process ends at once.
     """
 
+    received: list[int] = []
+
     def stop(signum, frame):
+        received.append(signum)
         for known in (signal.SIGINT, signal.SIGTERM):
             signal.signal(known, signal.SIG_DFL)
         raise Stopped(signum)
@@ -90,6 +95,7 @@ def _catch_signals() -> None:
     sys.unraisablehook = unraisable
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
+    return received
 
 
 def prepare() -> None:
