@@ -67,7 +67,7 @@ def guard(command: Callable[[], int | None]) -> None:
 
 def fail(text: str, status: int) -> int:
     """Print one line that a terminal can show, and return the status."""
-    from bitnet_jax.log import one_line
+    from bitnet_jax.terminal import one_line
 
     print(one_line(text, ERROR_CHARS), file=sys.stderr, flush=True)
     return status

@@ -158,7 +158,7 @@ def decode(model, prompts_BP, lengths_B, args: Namespace):
 def write(model, prompts: list[str], decoded, args: Namespace) -> None:
     """Print text to standard output as it comes, and how long it is and took to standard error."""
     from bitnet_jax.generate import until_end
-    from bitnet_jax.log import printable
+    from bitnet_jax.terminal import printable
 
     tokenizer, alone, shown, times = model.tokenizer, len(prompts) == 1, "", []
     how = f"sampled, seed {args.seed}" if args.temperature else "greedy"

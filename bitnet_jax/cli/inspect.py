@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     flags.prepare()
 
     from bitnet_jax import inspection
-    from bitnet_jax.log import printable
+    from bitnet_jax.terminal import printable
 
     found = inspection.inspect(args.source, args.text, evaluations(args.source))
     print(printable("\n".join(inspection.lines(found))))

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     flags.prepare()
 
     from bitnet_jax import audit, causes
-    from bitnet_jax.log import printable
+    from bitnet_jax.terminal import printable
 
     found = audit.examine(args.source, args.text)
     print(printable(f"{args.source} ({found['name']} seed {found['seed']}, step {found['step']})"))
