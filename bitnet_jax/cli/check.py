@@ -17,10 +17,10 @@ def main(argv: list[str]) -> int:
     flags.add_configuration(parser)
     args = parser.parse_args(argv)
     request = flags.resolve(args, "check")
-    flags.prepare()
 
     from bitnet_jax import checks
 
+    flags.prepare()
     all_passed = True
     for rep in {rep.name: rep for rep in reversed(request.replicates)}.values():
         print(f"{rep.name} seed {rep.seed}:", flush=True)

@@ -29,20 +29,21 @@ MOST_SEEDS = 1000
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM before or after training, where nothing has to be saved."""
+    """SIGINT or SIGTERM where nothing has to be saved."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
-        self.signum = signum
+        self.signum, self.exit_status = signum, 128 + signum
 
 
 def guard(command: Callable[[], int | None]) -> None:
     """Call a command and exit with its status (none: 0); mistakes and signals become one line.
 
-    An exception ends with its `exit_status` where it has one, and with a traceback otherwise.
+    An exception ends with its `exit_status` where it has one, and with a traceback otherwise. Until
+    the command calls `prepare`, a signal ends the process at once.
     """
     try:
-        received = _catch_signals()
+        _on_signals(lambda signum, frame: os._exit(fail("stopped", 128 + signum)))
         for stream in (sys.stdout, sys.stderr):  # a terminal of ASCII shows all text somehow
             stream.reconfigure(errors="backslashreplace")
         status = command() or 0
@@ -50,18 +51,15 @@ def guard(command: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
-    except BaseException as error:
-        status = getattr(error, "exit_status", None)
-        if received and status is None:  # libraries turn Stopped into errors of their own
-            status = fail("stopped", 128 + received[0])
-        elif status is None:
+    except Stopped as stop:
+        status = fail("stopped", stop.exit_status)
+    except Exception as error:
+        if (status := getattr(error, "exit_status", None)) is None:
             raise
-        else:
-            kind = {1: "failed: ", 2: "error: "}.get(status, "")
-            fail(f"{kind}{error}", status)
+        kind = {1: "failed: ", 2: "error: "}.get(status, "")
+        fail(f"{kind}{error}", status)
     finally:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_DFL)
+        _on_signals(signal.SIG_DFL)
     sys.exit(status)
 
 
@@ -73,35 +71,42 @@ def fail(text: str, status: int) -> int:
     return status
 
 
-def _catch_signals() -> list[int]:
-    """SIGINT and SIGTERM raise Stopped and stand in the list that is returned; the second kills.
+def _on_signals(handler) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handler)
 
-    Python drops what is raised inside a destructor or a callback: there the process ends at once.
+
+def _raise_on_signals() -> None:
+    """SIGINT and SIGTERM raise Stopped; the second one kills.
+
+    Not inside an import, which extension modules do not survive: there it waits. Python drops what
+    is raised inside a destructor or a callback: there the process ends at once.
     """
 
-    received: list[int] = []
-
     def stop(signum, frame):
-        received.append(signum)
-        for known in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(known, signal.SIG_DFL)
+        _on_signals(signal.SIG_DFL)
+        while frame:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                return
+            frame = frame.f_back
         raise Stopped(signum)
 
     def unraisable(event, tell=sys.unraisablehook):
         if isinstance(event.exc_value, Stopped):
-            os._exit(fail("stopped", 128 + event.exc_value.signum))
+            os._exit(fail("stopped", event.exc_value.exit_status))
         tell(event)
 
     sys.unraisablehook = unraisable
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-    return received
+    _on_signals(stop)
 
 
 def prepare() -> None:
-    """Set up the libraries, before the first array; what the user has set stays.
+    """Set up the libraries, after imports and before the first array; what the user has set stays.
 
-    Compiled programs are kept between processes: the second start of a program compiles nothing.
+    From here on a signal raises, so that what was begun is tidied up or saved. Compiled programs
+    are kept between processes: the second start of a program compiles nothing.
     """
     import absl.logging
     import jax
@@ -119,6 +124,7 @@ def prepare() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
         jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
+    _raise_on_signals()
 
 
 # Arguments

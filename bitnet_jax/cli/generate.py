@@ -25,11 +25,11 @@ MOST = 8192  # tokens of a prompt and its continuation
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    flags.prepare()
 
     from bitnet_jax import restore
     from bitnet_jax.model import pack_params
 
+    flags.prepare()
     prompts = read_prompts(args)
     model = restore.load_model(args.source)
     context = model.cfg.data.seq_len

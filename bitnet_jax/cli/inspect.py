@@ -18,11 +18,11 @@ def main(argv: list[str]) -> None:
     flags.add_source(parser)
     flags.add_text(parser)
     args = parser.parse_args(argv)
-    flags.prepare()
 
     from bitnet_jax import inspection
     from bitnet_jax.terminal import printable
 
+    flags.prepare()
     found = inspection.inspect(args.source, args.text, evaluations(args.source))
     print(printable("\n".join(inspection.lines(found))))
 

@@ -20,11 +20,11 @@ def main(argv: list[str]) -> int:
         "--exit-zero", action="store_true", help="exit 0 when a cause is found, too"
     )
     args = parser.parse_args(argv)
-    flags.prepare()
 
     from bitnet_jax import audit, causes
     from bitnet_jax.terminal import printable
 
+    flags.prepare()
     found = audit.examine(args.source, args.text)
     print(printable(f"{args.source} ({found['name']} seed {found['seed']}, step {found['step']})"))
     print("\n".join(audit.lines(found["measured"], found["left_out"])))
