@@ -6,5 +6,5 @@ config -> presets -> metrics -> cache -> tokenizer -> documents -> corpus -> tok
 -> reference -> quant -> model -> loss -> optim -> shrink -> collapse -> verdict -> sharding
 -> train -> checkpoint -> hf_files -> hf_config -> hf_weights -> hf -> program -> restore
 -> generate -> subject -> updates -> audit -> signatures -> causes -> checks -> inspection
--> log -> charts -> page -> workdir -> recorder -> run
+-> log -> terminal -> charts -> page -> workdir -> recorder -> run
 """

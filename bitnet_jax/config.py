@@ -20,7 +20,9 @@ import jax.numpy as jnp
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for: shown as one line, exit status 2."""
+    """A mistake in what the user asked for: shown as one line."""
+
+    exit_status = 2
 
     exit_status = 2
 

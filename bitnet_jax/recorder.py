@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import config, log, metrics, optim, verdict
+from bitnet_jax import config, log, metrics, optim, terminal, verdict
 from bitnet_jax.program import Program
 from bitnet_jax.train import TrainState
 
@@ -24,7 +24,7 @@ class Recorder:
         reps, cfg = program.replicates, program.cfg
         self.metrics = log.Metrics(workdir, step, reps)
         tokens = len(reps) * cfg.data.batch_size * cfg.data.seq_len
-        self.progress = log.Progress(reps, step, cfg.run.steps, tokens)
+        self.progress = terminal.Progress(reps, step, cfg.run.steps, tokens)
         self.judges = [verdict.Judge(program.references) for _ in reps]
         self.sum_lr = [rate_sum(rep.hyper, cfg.run) for rep in reps]
         self.verdicts: dict[int, verdict.Verdict] = {}

@@ -101,7 +101,7 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
 
 def _loop(program, state, start: int, recorder, save, stop_when_collapsed) -> tuple:
     """Train chunk by chunk, save, and stop early where that is asked for: last state and step."""
-    run, compiling, lengths = program.cfg.run, recorder.progress.compiling, set()
+    run, compiling = program.cfg.run, recorder.progress.compiling
     with _signals() as received, ThreadPoolExecutor(max_workers=1) as prefetch:
         if not recorder.resumed:
             with compiling("the evaluation"):
@@ -116,12 +116,11 @@ def _loop(program, state, start: int, recorder, save, stop_when_collapsed) -> tu
         step, batches = start, fetch(start)
         while step < run.steps and not recorder.over(stop_when_collapsed):
             end = next_end(run, step)
-            known = end - step in lengths
-            with contextlib.nullcontext() if known else compiling(f"{end - step} steps"):
+            with compiling(f"{end - step} steps"):
                 state, trained, evaluated = program.train_chunk(state, batches.result())
-            lengths.add(end - step)
             if end in (run.boundary, run.steps):
-                evaluated = evaluated | program.evaluate_large(state)
+                with compiling("the large block"):
+                    evaluated = evaluated | program.evaluate_large(state)
             step, batches = end, fetch(end)
             recorder.expect(step, state, trained, evaluated)
             if received or recorder.over(stop_when_collapsed) or is_save_step(run, step):

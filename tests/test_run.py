@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from bitnet_jax import checkpoint, config, log, optim, presets, restore, run, verdict, workdir
 from bitnet_jax import program as programs
 from bitnet_jax.config import UserError
-from bitnet_jax.recorder import RATE_BLOCK, Recorder, rate_sum
+from bitnet_jax.recorder import RATE_BLOCK, Recorder, describe_failure, rate_sum
 
 ROOT = Path(__file__).parents[1]
 TEXT = "\n".join(f"the {n} cats sat on the {n % 7} mats, and {n * n} dogs ran." for n in range(900))
@@ -386,8 +387,9 @@ def test_a_fork_of_another_shape_is_named(cfg, finished, tmp_path):
 
 
 def broken(rep):
-    """A replicate whose first update of stage 2 is infinite."""
-    return replace(rep, hyper=rep.hyper.replace(lr_stage2_start=float("inf")))
+    """A replicate whose matrices grow a billionfold in each step of stage 2."""
+    numbers = {"lr_stage2_start": 1e3, "lr_final": 1e3, "decoupled_2": 1e6}
+    return replace(rep, hyper=rep.hyper.replace(**numbers))
 
 
 def test_a_replicate_that_diverges_freezes_and_the_others_go_on(cfg, finished, tmp_path):
@@ -397,15 +399,44 @@ def test_a_replicate_that_diverges_freezes_and_the_others_go_on(cfg, finished, t
     good, bad = summary["replicates"]
     assert good == whole["replicates"][0] and summary["finished"] and summary["step"] == STEPS
     assert bad["verdict"] == "nonfinite"
-    assert bad["failed"] == {"step": SAVE + 1, "what": "the update", "lr": float("inf")}
+    assert SAVE < bad["failed"]["step"] <= SAVE + 6 and bad["failed"]["lr"] == 1e3
+    assert bad["failed"]["what"] == "the gradient of embed/embedding"
     rows, want = rows_of(tmp_path / "run"), rows_of(reference)
     assert [r for r in rows if not r["replicate"]] == [r for r in want if not r["replicate"]]
     last = [row for row in rows if row["replicate"]][-1]
-    assert (last["step"], last["kind"], last["failed"]) == (SAVE + EVERY, "eval", bad["failed"])
-    state = state_at(cfg, tmp_path / "run", STEPS)
-    assert_same(*(jax.tree.map(lambda x: x[1], s.params) for s in (
-        state, state_at(cfg, reference, SAVE)
-    )))  # fmt: skip
+    assert (last["kind"], last["failed"]) == ("eval", bad["failed"])
+    assert last["step"] in (SAVE + EVERY, SAVE + 2 * EVERY)
+    assert state_at(cfg, tmp_path / "run", STEPS).failed.tolist() == [0, bad["failed"]["step"]]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "failed", "loss", "finite", "want"),
+    [
+        ([1, 1], 0, 2.0, [True, True], None),
+        ([1, 1], 18, 2.0, [True, False], (18, "the gradient of b")),
+        ([1, 1], 18, 2.0, [False, False], (18, "the gradient of b")),
+        ([1, 9], 18, np.nan, [False, False], (18, "the loss (largest parameter: b, 9)")),
+        ([np.inf, 1], 18, np.nan, [False, False], (17, "the update of a")),
+        ([1, np.inf], 0, 2.0, [True, True], (20, "the update of b")),
+    ],
+)
+def test_the_first_step_and_tensor_that_broke_are_named(
+    cfg, parameters, failed, loss, finite, want
+):
+    """Of steps 16 to 20 of one replicate with parameters a and b."""
+    program = SimpleNamespace(cfg=cfg, replicates=replicates_of(cfg))
+    state = SimpleNamespace(params={k: np.array([x]) for k, x in zip("ab", parameters)})  # noqa: B905
+    trained = {
+        "failed": np.array([failed]),
+        "losses": np.array([[2.0, 2.0, loss, 2.0, 2.0]]),
+        "grad_finite": np.array([[[True, True]] * 2 + [finite] + [[True, True]] * 2]),
+    }
+    evaluated = {"eval/loss": np.array([2.0 if np.isfinite(parameters).all() else np.nan])}
+    found = describe_failure(program, state, 0, 20, trained, evaluated)
+    assert (found and (found["step"], found["what"])) == want
+    if found:
+        rate = optim.learning_rate(program.replicates[0].hyper, found["step"], cfg.run)
+        assert found["lr"] == pytest.approx(float(rate), rel=1e-5)
 
 
 def test_a_run_with_a_failed_replicate_resumes_bitwise(cfg, tmp_path, monkeypatch):
@@ -417,7 +448,7 @@ def test_a_run_with_a_failed_replicate_resumes_bitwise(cfg, tmp_path, monkeypatc
         run.run(cfg, replicates, tmp_path / "run")
     summary = run.run(cfg, replicates, tmp_path / "run", resume=True)
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
-    assert summary["replicates"][1]["failed"]["step"] == SAVE + 1
+    assert summary["replicates"][1]["failed"]["lr"] == 1e3
 
 
 def test_one_replicate_alone_stops_when_it_fails(cfg, tmp_path):

@@ -43,7 +43,6 @@ def main(argv: list[str]) -> int | None:
     )
     add.set_defaults(command=check)
     args = parser.parse_args(argv)
-    flags.prepare()
     return args.command(args)
 
 
@@ -51,6 +50,7 @@ def export(args: Namespace) -> None:
     """Write a model as a folder."""
     from bitnet_jax import hf, restore
 
+    flags.prepare()
     model = restore.load_model(args.source)
     of_run = not restore.is_hf_folder(Path(args.source))
     hf.export(
@@ -113,6 +113,7 @@ def check(args: Namespace) -> int:
     from bitnet_jax import hf, presets
     from bitnet_jax.config import Hyper, UserError
 
+    flags.prepare()
     cfg, params, tokenizer = hf.load(args.folder)
     text = [f"data.corpus=text:{args.text}"] if args.text else []
     for assignment in args.assignments:

@@ -29,73 +29,84 @@ MOST_SEEDS = 1000
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM before or after training, where nothing has to be saved."""
+    """SIGINT or SIGTERM where nothing has to be saved."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
-        self.signum = signum
+        self.signum, self.exit_status = signum, 128 + signum
 
 
 def guard(command: Callable[[], int | None]) -> None:
     """Call a command and exit with its status (none: 0); mistakes and signals become one line.
 
-    An exception ends with its `exit_status` where it has one, and with a traceback otherwise.
+    An exception ends with its `exit_status` where it has one, and with a traceback otherwise. Until
+    the command calls `prepare`, a signal ends the process at once.
     """
     try:
-        _catch_signals()
+        _on_signals(lambda signum, frame: os._exit(fail("stopped", 128 + signum)))
         for stream in (sys.stdout, sys.stderr):  # a terminal of ASCII shows all text somehow
             stream.reconfigure(errors="backslashreplace")
         status = command() or 0
         sys.stdout.flush()
-    except Stopped as stop:
-        status = fail("stopped", 128 + stop.signum)
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
+    except Stopped as stop:
+        status = fail("stopped", stop.exit_status)
     except Exception as error:
         if (status := getattr(error, "exit_status", None)) is None:
             raise
         kind = {1: "failed: ", 2: "error: "}.get(status, "")
         fail(f"{kind}{error}", status)
     finally:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_DFL)
+        _on_signals(signal.SIG_DFL)
     sys.exit(status)
 
 
 def fail(text: str, status: int) -> int:
     """Print one line that a terminal can show, and return the status."""
-    from bitnet_jax.log import one_line
+    from bitnet_jax.terminal import one_line
 
     print(one_line(text, ERROR_CHARS), file=sys.stderr, flush=True)
     return status
 
 
-def _catch_signals() -> None:
+def _on_signals(handler) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handler)
+
+
+def _raise_on_signals() -> None:
     """SIGINT and SIGTERM raise Stopped; the second one kills.
 
-    Python drops what is raised inside a destructor or a callback: there the process ends at once.
+    Not inside an import, which extension modules do not survive: there it waits. Python drops what
+    is raised inside a destructor or a callback: there the process ends at once.
     """
 
     def stop(signum, frame):
-        for known in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(known, signal.SIG_DFL)
+        _on_signals(signal.SIG_DFL)
+        while frame:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                return
+            frame = frame.f_back
         raise Stopped(signum)
 
     def unraisable(event, tell=sys.unraisablehook):
         if isinstance(event.exc_value, Stopped):
-            os._exit(fail("stopped", 128 + event.exc_value.signum))
+            os._exit(fail("stopped", event.exc_value.exit_status))
         tell(event)
 
     sys.unraisablehook = unraisable
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+    _on_signals(stop)
 
 
 def prepare() -> None:
-    """Set up the libraries, before the first array; what the user has set stays.
+    """Set up the libraries, after imports and before the first array; what the user has set stays.
 
-    Compiled programs are kept between processes: the second start of a program compiles nothing.
+    From here on a signal raises, so that what was begun is tidied up or saved. Compiled programs
+    are kept between processes: the second start of a program compiles nothing.
     """
     import absl.logging
     import jax
@@ -113,6 +124,7 @@ def prepare() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
         jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
+    _raise_on_signals()
 
 
 # Arguments
@@ -177,10 +189,19 @@ class Request:
 
 def add_run(parser: Parser, *, preset: str = PRESET, seeds: str = "0", place: str) -> None:
     """Add the flags that describe a run; `place` says what the default of --workdir is."""
+    add_configuration(parser, preset=preset, seeds=seeds)
+    add = parser.add_argument
+    add("--workdir", type=_folder, help=f"where to write (default: {place})")
+    add("--resume", action="store_true", help="go on in a workdir that was interrupted")
+    add("--dry-run", action="store_true", help="say what would be trained, and train nothing")
+    add("--verbose", action="store_true", help="print the table of what decays, too")
+
+
+def add_configuration(parser: Parser, *, preset: str = PRESET, seeds: str = "0") -> None:
+    """Add the flags that describe what is trained."""
     parser.default_preset = preset
     _add_base(parser, preset)
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -188,12 +209,12 @@ def add_run(parser: Parser, *, preset: str = PRESET, seeds: str = "0", place: st
         dest="assignments",
         help="change a field (see below); may be repeated",
     )
-    add("--seeds", help=f"0 | 0-4 | 1,5,7 (default: {seeds}): initialisation and order of the data")
-    add("--workdir", type=_folder, help=f"where to write (default: {place})")
-    add("--resume", action="store_true", help="go on in a workdir that was interrupted")
-    add("--dry-run", action="store_true", help="say what would be trained, and train nothing")
-    add("--verbose", action="store_true", help="print the table of what decays, too")
-    parser.set_defaults(default_seeds=seeds)
+    parser.add_argument(
+        "--seeds",
+        help=f"0 | 0-4 | 1,5,7 (default: {seeds}): initialisation and order of the data",
+    )
+    parser.set_defaults(default_seeds=seeds, workdir=None, resume=False)
+    parser.set_defaults(dry_run=False, verbose=False)
 
 
 def _add_base(parser, preset: str) -> None:
@@ -217,6 +238,13 @@ def add_source(parser: Parser) -> None:
         metavar="SOURCE",
         help="WORKDIR[@STEP[:REPLICATE]] (default: last step, replicate 0), or a folder of "
         "Hugging Face's transformers",
+    )
+
+
+def add_text(parser: Parser) -> None:
+    """Add the text that a model is examined on."""
+    parser.add_argument(
+        "--text", metavar="GLOB", help="files to examine it on (default: the run's own corpus)"
     )
 
 
@@ -248,7 +276,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) -> Request:
-    """The run that the flags of `add_run` describe; raises UserError for values that do not fit.
+    """The run that the flags of `add_configuration` describe; raises UserError for a misfit.
 
     `changes` are assignments that an experiment makes before the user's; `name` begins the name of
     the default workdir.

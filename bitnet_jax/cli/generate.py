@@ -25,11 +25,11 @@ MOST = 8192  # tokens of a prompt and its continuation
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    flags.prepare()
 
     from bitnet_jax import restore
     from bitnet_jax.model import pack_params
 
+    flags.prepare()
     prompts = read_prompts(args)
     model = restore.load_model(args.source)
     context = model.cfg.data.seq_len
@@ -158,7 +158,7 @@ def decode(model, prompts_BP, lengths_B, args: Namespace):
 def write(model, prompts: list[str], decoded, args: Namespace) -> None:
     """Print text to standard output as it comes, and how long it is and took to standard error."""
     from bitnet_jax.generate import until_end
-    from bitnet_jax.log import printable
+    from bitnet_jax.terminal import printable
 
     tokenizer, alone, shown, times = model.tokenizer, len(prompts) == 1, "", []
     how = f"sampled, seed {args.seed}" if args.temperature else "greedy"
