@@ -24,8 +24,6 @@ class UserError(Exception):
 
     exit_status = 2
 
-    exit_status = 2
-
 
 POSITIVE = (1e-30, 1e30)  # numbers that float32 holds, with room for their products
 COUNT = (1, 2**31 - 1)  # indices on the device are int32
