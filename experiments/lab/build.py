@@ -20,6 +20,17 @@ ROOT = Path(__file__).parents[2]
 QUESTIONS = (  # in the order of the index
     "explain_collapse",
     "end_collapse",
+    "shrink_law",
+    "weight_bounds",
+    "sweep_stage2_decay",
+    "logit_distribution",
+    "training_length",
+    "sweep_regularisers",
+    "fork_transition",
+    "sweep_architectures",
+    "degeneration",
+    "warmup_from_dense",
+    "faults",
 )
 INDEX, README, PAGES = ROOT / "experiments/README.md", ROOT / "README.md", ROOT / "runs/results"
 MARKED = re.compile(r"<!-- (claims|table|index): ?(.*?) ?-->\n.*?<!-- end -->", re.DOTALL)
