@@ -260,13 +260,12 @@ def observations(found: dict) -> list[str]:
     return seen
 
 
-def _some(names: list[str], total: int) -> str:
+def _some(names: list[str], matrices: int) -> str:
+    """The first of the names, after how many of the ternary matrices they are where all are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (
-        f"{len(names)} of {total} ternary matrices or other tensors: " * (len(names) > 1)
-        + ", ".join(names[:3])
-        + more
-    )
+    layers = all(name.startswith("block_") and "norm" not in name for name in names)
+    counted = f"{len(names)} of {matrices} ternary matrices: " if layers else ""
+    return counted + ", ".join(names[:3]) + more
 
 
 def _earlier(source: str, s: Subject) -> tuple[dict | None, int | None]:
