@@ -132,7 +132,7 @@ def test_claims_hold_on_rows_made_to_bear_them():
 
 def test_claims_fail_on_rows_that_contradict_them():
     fell = statuses({"coupled": (7.5, 7.3, 7.0), "decoupled": (7.0, 5.0, 5.5)}, counts=(9, 29, 26))
-    assert fell == {"decoupled": FAILS, "coupled": FAILS, "distinct": FAILS, "schedule": HOLDS}
+    assert set(fell.values()) == {FAILS} and len(fell) == 4
     learned = statuses(ENDS | {"coupled": (7.5, 3.0, 7.3)})
     assert learned["coupled"] == FAILS
 
