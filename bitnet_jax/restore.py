@@ -55,11 +55,11 @@ def checkpoint_place(text: str) -> tuple[Path, int, int | None]:
 def load_replicate(
     workdir: Path, step: int, index: int
 ) -> tuple[Config, Replicate, train.TrainState]:
-    """Configuration, identity and state of one replicate of a checkpoint; raises UserError."""
+    """Configuration, identity and state (NumPy) of one replicate of a checkpoint; UserError."""
     cfg, replicates = config.from_json(checkpoint.load_config(workdir, step), f"{workdir}@{step}")
     one = jax.eval_shape(lambda: train.init_state(cfg, replicates[0].hyper, 0))
     state = checkpoint.restore_replicate(workdir, step, index, one)
-    return cfg, replicates[index], state
+    return cfg, replicates[index], jax.device_get(state)
 
 
 def load_replicates(workdir: Path, step: int) -> tuple[Config, list[Replicate], train.TrainState]:
