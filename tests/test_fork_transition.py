@@ -72,7 +72,7 @@ def test_numbers_of_stage_2_that_arms_set_are_refused():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cache_folder):
-    """A request for three arms of both recipes, their rows, and the workdir of what they fork."""
+    """A request for two forks of both recipes, their rows, and the workdir of what they fork."""
     folder = tmp_path_factory.mktemp("fork")
     text = "\n".join(f"the {n} cats sat on {n % 7} mats, and {n * n} dogs ran." for n in range(900))
     (folder / "corpus.txt").write_text(text)
@@ -83,9 +83,9 @@ def trained(tmp_path_factory, cache_folder):
         data=dataclasses.replace(tiny.data, corpus=f"text:{folder / 'corpus.txt'}"),
         run=RunConfig(STEPS, eval_every=BOUNDARY, save_every=STEPS),
     )
-    request = arms.Request("fork", "tiny", cfg, {}, [3], folder / "runs",
-                           only=("stage 2", "stage 1"))  # fmt: skip
+    request = arms.Request("fork", "tiny", cfg, {}, [3], folder / "runs")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "FORKS", (STAGE_2, CONTINUED))
         patch.setenv("BITNET_JAX_CACHE", str(cache_folder))
         made = study.train(request, list(study.ARMS), study.measure)
         (source,) = {
@@ -117,7 +117,7 @@ def test_the_restored_run_repeats_the_one_not_stopped_and_others_share_its_past(
 
 def test_all_arms_are_of_one_study_and_a_repeated_command_trains_nothing(trained):
     request, made, source = trained
-    assert len(rows.by_study(made)) == 1 and len({rows.place(row) for row in made}) == 8
+    assert len(rows.by_study(made)) == 1 and len({rows.place(row) for row in made}) == 6
     begun = (source / "metrics.jsonl").stat().st_mtime_ns
     assert study.train(request, list(study.ARMS), study.measure) == made
     assert (source / "metrics.jsonl").stat().st_mtime_ns == begun

@@ -10,16 +10,16 @@ SOUND = {"head_frozen": 0.0, "unscaled_1": 0.0, "unscaled_2": 0.0}
 
 
 def optimizer(cfg, run, hyper, groups) -> optim.Optimizer:
-    """The standard one with two faults by `extra`: a share of the head's update that is dropped
-    (`head_frozen`), and a decay of every parameter that no learning rate multiplies (`unscaled_1`
-    in stage 1, `unscaled_2`)."""
+    """The standard one with two faults by `extra`: a share of the output matrix's update that is
+    dropped (`head_frozen`), and a decay of every parameter that no learning rate multiplies
+    (`unscaled_1` in stage 1, `unscaled_2`)."""
     sound, extra = optim.make_optimizer(cfg, run, hyper, groups), hyper.extra
 
     def update(grads, state, params, **more):
         updates, state = sound.update(grads, state, params, **more)
         n = state["lr"].count
         decay = optim.by_stage(n, run, extra["unscaled_1"], extra["unscaled_2"])
-        left = {"head": 1.0 - extra["head_frozen"]}
+        left = {optim.output_group(groups): 1.0 - extra["head_frozen"]}
         faulty = jax.tree.map(
             lambda group, u, w: left.get(group, 1.0) * u - decay * w, groups, updates, params
         )
