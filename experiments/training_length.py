@@ -18,9 +18,10 @@ import itertools
 
 import numpy as np
 
-from bitnet_jax import charts, optim
-from bitnet_jax.config import Config, Hyper, RunConfig, UserError
+from bitnet_jax import charts, shrink
+from bitnet_jax.config import Config, UserError
 from bitnet_jax.metrics import DISTINCT, LOSS, MUTUAL_INFORMATION, TRAIN_LOSS, metric
+from experiments.lab import rows
 from experiments.lab.arms import Arm, Request, train_arms
 from experiments.lab.claims import Claim
 from experiments.lab.exhibits import PREDICTORS, signed
@@ -79,16 +80,13 @@ def lengths(df) -> list[int]:
 
 def at_step(df, arm: str, steps: int, step: int, key: str):
     """A number of each seed of the runs of length `steps`, at the end of shorter ones."""
-    rows = of(df, arm, steps)
-    return rows.apply(lambda row: row[f"at/{key}"][row["at/step"].index(step)], axis=1)
+    runs = of(df, arm, steps)
+    return runs.apply(lambda row: row[f"at/{key}"][row["at/step"].index(step)], axis=1)
 
 
 def sum_lr(row) -> np.ndarray:
     """Summed learning rate after 0 .. T steps of a row's run."""
-    hyper, fields = Hyper(**row["config"]["hyper"]), row["config"]["run"]
-    run = RunConfig(**fields | {"recipes": tuple(fields["recipes"])})
-    rates = optim.learning_rate(hyper, np.arange(1, run.steps + 1), run)
-    return np.concatenate([[0.0], np.cumsum(np.asarray(rates, np.float64))])
+    return shrink.summed_rate(*rows.schedule(row["config"]))
 
 
 def at_sum_lr(df, arm: str, steps: int, total: float, key: str):

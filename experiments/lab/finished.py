@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, config, data, log, program, recorder, restore, verdict
+from bitnet_jax import checkpoint, config, data, log, recorder, reference, restore, train, verdict
 from bitnet_jax.config import UserError
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS, MUTUAL_INFORMATION, TRAIN_LOSS
 from experiments.lab.rows import without_folders
@@ -50,9 +50,12 @@ class Finished:
         return self.states_at(self.cfg.run.steps)
 
     def states_at(self, step: int):
-        """A kept checkpoint, or the start at step 0, NumPy [R, ...]; raises UserError."""
+        """A kept checkpoint, or the initialisation at step 0, NumPy [R, ...]; raises UserError.
+
+        Only an output bias, which starts at log frequencies, needs the text for its initialisation.
+        """
         if step == 0 and self.cfg.run.init is None:
-            return jax.device_get(program.build(self.cfg, self.replicates).init())
+            return jax.device_get(initial(self))
         return restore.load_replicates(self.workdir, step)[2]
 
     @property
@@ -139,6 +142,17 @@ class Finished:
                 "final": losses[-1],
             },
         }
+
+
+def initial(run: Finished):
+    """The states [R, ...] that a run started from, made anew from its seeds."""
+    cfg, unigram_V = run.cfg, None
+    if cfg.model.output_bias:
+        predictors = reference.fit(run.tokens.train_N, cfg.model.vocab_size)
+        unigram_V = np.float32(predictors.unigram_V)
+    seeds = np.array([rep.seed for rep in run.replicates], np.uint32)
+    init = jax.vmap(functools.partial(train.init_state, cfg), in_axes=(0, 0, None))
+    return jax.jit(init)(config.stack_hypers(run.replicates), seeds, unigram_V)
 
 
 def _is_told(key: str, value) -> bool:

@@ -8,14 +8,29 @@ report computes from its own numbers, and what holds by construction, is counted
     python -m experiments.lab.ledger                   # from the rows of reproduce_report
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
-from experiments.lab import rows, stats, studies
+from bitnet_jax.config import RunConfig
+from bitnet_jax.metrics import (
+    DISTINCT,
+    LOGIT_STD,
+    LOSS,
+    TRACK_ENTROPY,
+    TRACK_LOSS,
+    TRAIN_LOSS,
+)
+from bitnet_jax.verdict import SEVERE
+from experiments.lab import rows, stats, studies, trajectory
 from experiments.lab.exhibits import Table, text_table
+from experiments.lab.finished import Finished
+from experiments.lab.measures import first_below_unigram
+from experiments.lab.trajectory import Trajectory
 
 MEASURED, EXPLAINED, ARITHMETIC, BUILT = (
     "measured",
@@ -28,6 +43,7 @@ CONSISTENT, CONTRADICTORY, UNKNOWN = "consistent", "self-contradictory", "not ch
 LENGTHS = (1000, 10_000, 20_000)
 LN_V, TRACKED = 10.82, 128  # ln 50257; positions whose predictions are counted
 COUNT, SHARE, NATS, SPREAD = (1, TRACKED), (0, 1), (0, LN_V), (0, 1)
+CUT = 2260  # the step at which the report's logs of its longer runs end
 DEAD = 0.01  # of the first spread of the logits: they no longer tell words apart
 
 
@@ -91,6 +107,73 @@ MILESTONES = {  # by length: step and distinct predictions there
     10_000: {100: 9, 500: 5, 1000: 68, 1500: 39, 2000: 15},
     20_000: {100: 10, 500: 5, 1000: 56, 1500: 35, 2000: 24},
 }
+
+
+def measure(run: Finished, base: int) -> list[dict]:
+    """What entries read, by replicate, in a study whose shortest run has `base` steps."""
+    paths, transits = trajectory.of_run(run), first_below_unigram(run)
+    return [
+        statistics(run, i, path, transit)
+        | {"milestones": milestones(base, run.cfg.run, run.evals[i])}
+        for i, (path, transit) in enumerate(zip(paths, transits, strict=True))
+    ]
+
+
+def statistics(run: Finished, i: int, path: Trajectory, transit: int | None) -> dict:
+    """The report's statistics of one replicate; `transit`: first step below the unigram's loss."""
+    severe, episodes = path.unique < SEVERE, trajectory.episodes(path)
+    stage_1, partial = path.steps <= run.cfg.run.boundary, path.steps <= CUT
+    losses = np.array([row[TRAIN_LOSS] for row in run.trains[i]])
+    first, late = run.evals[i][0], [r for r in run.evals[i] if r["step"] > 0.3 * run.cfg.run.steps]
+    found = {
+        "unique_mean": path.unique.mean(),
+        "unique_stage1": path.unique[stage_1].mean(),
+        "unique_stage2": path.unique[~stage_1].mean(),
+        "severe_share": severe.mean(),
+        "loss_min": losses.min(),
+        "loss_max": losses.max(),
+        "loss_mean": losses.mean(),
+        "loss_final": losses[-1],
+        "partial_unique_mean": path.unique[partial].mean(),
+        "partial_severe_share": severe[partial].mean(),
+        "partial_loss_mean": losses[: partial.sum()].mean(),
+        "start_loss": first[TRACK_LOSS],
+        "start_entropy": first[TRACK_ENTROPY],
+        "start_logit_std": first[LOGIT_STD],
+        "late_entropy": np.mean([row[TRACK_ENTROPY] for row in late]),
+        "late_logit_std": np.mean([row[LOGIT_STD] for row in late]),
+    }
+    return {name: float(f"{value:.5g}") for name, value in found.items()} | {
+        "evaluations": len(path.steps),
+        "unique_min": int(path.unique.min()),
+        "unique_max": int(path.unique.max()),
+        "unique_final": int(path.unique[-1]),
+        "first_severe": trajectory.first_severe(path),
+        "first_complete": trajectory.first_complete(path),
+        "transit": transit,
+        "severe_after_transit": 0 if transit is None else int(severe[path.steps > transit].sum()),
+        "recoveries": sum(e.recovery is not None for e in episodes),
+        "count_recoveries": sum(e.count_only is not None for e in episodes),
+    }
+
+
+def milestones(base: int, run: RunConfig, evals: list[dict]) -> dict[str, dict]:
+    """The evaluations nearest to the report's milestones, after step 0, by the report's step.
+
+    A run of `base` steps stands for the report's of 1000: milestones are at the same share of it.
+    """
+    length, every = run.steps * LENGTHS[0] // base, run.eval_every
+    at, found = {row["step"]: row for row in evals}, {}
+    for reported in MILESTONES.get(length, ()):
+        step = round(reported * run.steps / length / every) * every
+        step = min(max(every, step), run.steps)
+        found[str(reported)] = {
+            "step": step,
+            "unique": at[step][DISTINCT],
+            "loss": float(f"{at[step][LOSS]:.5g}"),
+            "logit_std": float(f"{at[step][LOGIT_STD]:.3g}"),
+        }
+    return found
 
 
 def start_law(df: pd.DataFrame) -> tuple[str, bool]:
@@ -170,9 +253,14 @@ def recompute(df: pd.DataFrame) -> list[Line]:
 
     Numbers of another size than the report's are not checkable by it.
     """
-    first = df["config"].iloc[0]["model"]
-    full = (first["d_model"], first["vocab_size"]) == (256, 50257)
+    full = is_full_size(df)
     return [judge(entry, df[df["steps"] == entry.steps], full) for entry in ENTRIES]
+
+
+def is_full_size(df: pd.DataFrame) -> bool:
+    """Whether the models are as large as the report's."""
+    first = df["config"].iloc[0]["model"]
+    return (first["d_model"], first["vocab_size"]) == (256, 50257)
 
 
 def judge(entry: Entry, runs: pd.DataFrame, full: bool) -> Line:
@@ -204,6 +292,48 @@ def counts(lines: list[Line]) -> dict[str, dict[str, int]]:
     found = Counter((line.entry.kind, line.status) for line in lines)
     kinds = dict.fromkeys(line.entry.kind for line in lines)
     return {k: {s: n for (kind, s), n in found.items() if kind == k} for k in kinds}
+
+
+def by_length(df: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """The rows by the length of the report's run that they stand for: where its step 500 lies."""
+    share = df["numbers/milestones/500/step"] / df["steps"]
+    length = share.map(lambda x: min(LENGTHS, key=lambda steps: abs(500 / steps - x)))
+    return {steps: df[length == steps] for steps in LENGTHS}
+
+
+def beside(df: pd.DataFrame) -> list[Table]:
+    """The report's numbers and its milestones, each beside ours, whatever the size of the model."""
+    runs = by_length(df)
+    lines = [
+        [claim, *itertools.chain.from_iterable(
+            ("" if value is None else f"{value:.{digits}f}",
+             stats.interval(runs[steps][f"numbers/{column}"]).text(f".{digits}f"))
+            for steps, value in zip(LENGTHS, values, strict=True)
+        )]
+        for claim, column, digits, _, values in MEASUREMENTS
+    ]  # fmt: skip
+    heads = [""]
+    for steps, ours in runs.items():
+        heads += [f"report, {steps}", f"ours, {ours['steps'].iloc[0]}" if len(ours) else "ours"]
+    note = "Ours: mean [95 % t interval] over seeds. First 452: up to step 2260."
+    return [Table("The report's numbers", heads, lines, note), milestone_table(runs)]
+
+
+def milestone_table(runs: dict[int, pd.DataFrame]) -> Table:
+    """Distinct predictions at the report's milestones, and what stands behind ours."""
+    lines = []
+    for length, ours in runs.items():
+        for step, reported in MILESTONES[length].items() if len(ours) else ():
+            at = f"numbers/milestones/{step}/"
+            cells = [
+                stats.interval(ours[at + key]).text(spec)
+                for key, spec in (("unique", ".0f"), ("loss", ".2f"), ("logit_std", ".4f"))
+            ]
+            where = [str(int(ours[name].iloc[0])) for name in ("steps", at + "step")]
+            lines.append([*where, str(reported), *cells])
+    heads = ["run of", "step", "distinct, report", "ours", "held-out loss", "spread of the logits"]
+    note = "Where the loss is ln V and the logits have no spread, near ties are counted."
+    return Table("Milestones", heads, lines, note)
 
 
 def table(lines: list[Line]) -> Table:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from bitnet_jax import log
-from bitnet_jax.config import SECTIONS, UserError
+from bitnet_jax.config import SECTIONS, Hyper, RunConfig, UserError
 
 FOLDER = Path(__file__).parents[1] / "results"
 # Not of a study: its length, its arms' recipes, and what the digest of the text stands for.
@@ -110,6 +110,12 @@ def frame(rows: list[dict]) -> pd.DataFrame:
         line |= {"eval_every": run["eval_every"]} | predictors
         lines.append(line | row["final"] | flat(row["extra"]) | {k: row.get(k) for k in whole})
     return pd.DataFrame(lines)
+
+
+def schedule(config: dict) -> tuple[RunConfig, Hyper]:
+    """What the schedules of a row's configuration are made of."""
+    fields = config["run"] | {"recipes": tuple(config["run"]["recipes"])}
+    return RunConfig(**fields), Hyper(**config["hyper"])
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
