@@ -57,7 +57,9 @@ def parser(name: str, doc: str, *, preset: str, rounds: int) -> flags.Parser:
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError for an argument below 1."""
+    """Raise UserError for an argument below 1, and for a seed that is none."""
+    if not 0 <= args.seed < 2**32 - 1:
+        raise UserError(f"--seed {args.seed}: use a number from 0 to {2**32 - 2}")
     for name in names:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: needs at least 1")

@@ -23,6 +23,7 @@ from bitnet_jax.program import Program
 
 PACKAGES = ("torch", "transformers")
 MOVES = ("torch", "torch_compiled")  # ways to train
+LONGEST = 2048  # tokens of a window, past which transformers warns
 NOT_SCORED = -100  # torch's mark of a target that does not count
 SHAPES = 64  # that torch.compile compiles for; past its default of 8, quantisers stay uncompiled
 
@@ -62,7 +63,8 @@ def make_model(cfg: Config, params):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch._dynamo.config.recompile_limit = SHAPES
     no_ends = {"bos_token_id": None, "eos_token_id": None}
-    settings = hf_config.settings_of(cfg, no_ends, "dense") | {"use_cache": False}
+    rest = {"use_cache": False, "max_position_embeddings": LONGEST}
+    settings = hf_config.settings_of(cfg, no_ends, "dense") | rest
     model = BitNetForCausalLM(BitNetConfig.from_dict(settings))
     online = BitNetQuantConfig(**hf_config.FORMS["latents"])
     replace_with_bitnet_linear(model, ["lm_head"], online)

@@ -87,6 +87,7 @@ def test_packed_weights_of_the_published_shapes():
     [
         (["--tokens", "0"], "--tokens 0: needs at least 1"),
         (["--rounds", "0"], "--rounds 0: needs at least 1"),
+        (["--seed", "-1"], "--seed -1: use a number from 0"),
         (["--batches", "1,x"], "--batches 1,x: use numbers above 0"),
         (["--batches", "0"], "--batches 0: use numbers above 0"),
         (["--preset", "huge"], "unknown preset huge"),
