@@ -16,7 +16,6 @@ from bitnet_jax import verdict
 from bitnet_jax.metrics import LOSS
 
 SEEDS = 3  # the fewest that an interval or a claim is made of
-BLOCK = 20  # evaluations in a block of the bootstrap
 
 
 class NotEnough(Exception):
@@ -187,32 +186,3 @@ def holm(p_values: list[float]) -> list[float]:
         largest = max(largest, min(1.0, (m - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
-
-
-def sign_flip_p(differences: Iterable[float]) -> float:
-    """Two-sided p of the mean of paired differences under all 2^n flips of their signs."""
-    d = np.asarray(list(differences), np.float64)
-    return float(
-        stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
-    )
-
-
-def block_bootstrap(series, block: int = BLOCK, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of a dependent series by moving blocks.
-
-    Künsch, Annals of Statistics 17 (1989): overlapping blocks keep the dependence of neighbours.
-    Raises ValueError for a series shorter than two blocks. Deterministic.
-    """
-    x = np.asarray(series, np.float64)
-    n = len(x)
-    if n < 2 * block:
-        raise ValueError(f"{n} values are fewer than two blocks of {block}")
-    n_blocks = -(-n // block)
-    start = np.random.default_rng(0).integers(0, n - block + 1, (resamples, n_blocks))
-    # Sums of blocks from cumulative sums; the last block is cut so that n values are drawn.
-    total = np.concatenate([[0.0], np.cumsum(x)])
-    length = np.full(n_blocks, block)
-    length[-1] = n - block * (n_blocks - 1)
-    means = (total[start + length] - total[start]).sum(axis=1) / n
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
