@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from bitnet_jax.verdict import LABELS
 
 SECONDS, WIDTH = 30, 160  # between lines of progress in a file; their length
+NARROW = 60  # a warning and the replicates that have it
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -84,6 +85,8 @@ class Progress:
         for text, replicates in self._new_warnings(evals).items():
             self.end_line()
             where = ", ".join(self.labels[i] for i in replicates)
+            if len(text) + len(where) > NARROW:
+                where = f"{len(replicates)} replicates"
             print(f"step {step}: {text} ({where})", file=sys.stderr)
         self._show()
 
@@ -114,13 +117,16 @@ class Progress:
             self.written, self.shown = now, worst
 
     def _place(self) -> list[str]:
-        """Where the run is: all that can be told, then what must."""
+        """Where the run is, the fullest first."""
         place = f"{self.step}/{self.steps}"
         if not self.seconds or self.step == self.steps:
             return [place]
         left = round((self.steps - self.step) * self.seconds / self.done)
         left = f"{left // 60}:{left % 60:02}"
-        return [f"{place}, {left} left, {self.tokens_per_second:,.0f} tok/s", place]
+        return [
+            f"{place}, {left} left, {self.tokens_per_second:,.0f} tok/s",
+            f"{place}, {left} left",
+        ]
 
     @property
     def tokens_per_second(self) -> float:
@@ -155,14 +161,9 @@ def progress_line(labels: list[str], states: dict[int, dict], places: list[str],
         f"{labels[i]} {name(row)}{loss}" for (i, row), loss in zip(worst_first, losses, strict=True)
     ]
     short = [f"{labels[i]} {name(row)}" for i, row in worst_first]
-    counts = Counter(name(row) for _, row in worst_first[1:])
-    rest = [f"{n} {verdict}" for verdict, n in counts.items()]
-    choices = [
-        [*full, places[0]],
-        [*full, places[-1]],
-        [*short, places[-1]],
-        [*full[:1], *rest, places[0]],
-        [*full[:1], *rest, places[-1]],
-    ]
-    lines = [" | ".join(parts) for parts in choices]
+    rest = Counter(row["collapse/verdict"] for _, row in worst_first[1:])
+    counted = [f"{n} {verdict}" for verdict, n in rest.items()]
+    states = (full, short, [*full[:1], *counted], [*short[:1], *counted])
+    choices = [(full, places[0])] + [(parts, places[-1]) for parts in states]
+    lines = [" | ".join([*parts, place]) for parts, place in choices]
     return next((line for line in lines if len(line) <= width), lines[-1][:width])

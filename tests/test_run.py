@@ -471,6 +471,24 @@ def test_a_run_stops_when_all_have_collapsed_and_can_go_on(cfg, finished, tmp_pa
     assert rows_of(tmp_path / "run") == rows_of(reference)
 
 
+def test_a_signal_after_training_is_told_and_the_page_comes_with_a_resume(
+    cfg, finished, tmp_path, monkeypatch
+):
+    def stop(workdir):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    (folder / "summary.json").unlink()
+    (folder / "report.html").unlink()
+    with monkeypatch.context() as patch, pytest.raises(run.Interrupted) as caught:
+        patch.setattr(run.page, "write_page", stop)
+        start(cfg, folder, resume=True)
+    assert caught.value.exit_status == 130
+    assert start(cfg, folder, resume=True)["replicates"] == finished[1]["replicates"]
+    assert (folder / "report.html").exists()
+
+
 # The workdir
 
 
@@ -569,12 +587,12 @@ class Command:
             time.sleep(0.002)
         time.sleep(delay)
         process.send_signal(signum)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
     def finish(self):
         process = self.start()
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
 
     def rows(self):
