@@ -6,7 +6,7 @@ import types
 
 import jax
 import numpy as np
-from test_lab import make_rows
+from lab_rows import make_rows
 
 from bitnet_jax import presets, program
 from experiments import degeneration as study

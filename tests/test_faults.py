@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_lab import make_rows
+from lab_rows import make_rows
 
 from bitnet_jax import data, model, presets, program, quant
 from bitnet_jax.loss import training_loss

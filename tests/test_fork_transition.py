@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_lab import make_rows
+from lab_rows import make_rows
 
 from bitnet_jax import checkpoint, config, log, optim, presets, program, restore
 from bitnet_jax.config import RunConfig, UserError

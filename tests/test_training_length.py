@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from test_lab import make_rows
+from lab_rows import make_rows
 
 from bitnet_jax import presets
 from bitnet_jax.config import RunConfig, UserError
