@@ -123,7 +123,9 @@ def _reading(workdir: Path, step: int):
     remedy = "remove this folder to go on from an earlier step"
     try:
         written, found = json.loads((folder / MANIFEST).read_text()), _checksums(folder)
-    except ValueError as error:
+        if not isinstance(written, dict):
+            raise ValueError(f"not an object but {type(written).__name__}")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}: damaged checkpoint: {MANIFEST}; {remedy}") from error
     for name in sorted(written | found):
         if written.get(name) != found.get(name):

@@ -211,7 +211,7 @@ def test_damaged_file_is_named(changed, wanted, damage):
     checkpoint.restore(workdir, 10, wanted)
 
 
-@pytest.mark.parametrize("content", ["", '{"state/_METADATA": 12'])
+@pytest.mark.parametrize("content", ["", '{"state/_METADATA": 12', "null", "[]", "[" * 100_000])
 def test_damaged_manifest_is_one_line(changed, wanted, content):
     workdir, folder = changed
     (folder / checkpoint.MANIFEST).write_text(content)

@@ -134,6 +134,11 @@ def test_a_value_is_shown_short_and_harmless(command, value):
         assert status == 2 and len(line) < flags.ERROR_CHARS + 50 and line.isprintable()
 
 
+def test_an_argument_of_other_bytes_is_one_line(command):
+    status, _, err = command("--set", "data.corpus=text:/caf\udce9/*")
+    assert status == 2 and only_line(err).isprintable()
+
+
 @pytest.mark.parametrize(
     "seeds", ["", "a", "1,", "3-1", "-1", "0-2,1", "1.5", "²", "0-9999999", "4294967296"]
 )
@@ -361,7 +366,8 @@ def test_a_run_ends_with_a_line_per_replicate_and_the_page(capsys):
     assert command_train.tell(asked, summary(good, bad)) == 1
     out, err = capsys.readouterr()
     assert out.splitlines()[1] == "coupled seed 1: nonfinite, held-out nan (unigram 6.000)"
-    assert err == "failed: coupled seed 1: step 7: the loss is not finite; learning rate 0.1\n"
+    text = "coupled seed 1: step 7: the loss is not finite; learning rate 0.1; no checkpoint before"
+    assert err == f"failed: {text}\n"
 
 
 # Whole processes

@@ -142,18 +142,22 @@ class Parser(argparse.ArgumentParser):
     The help of a command that trains ends with all fields, as the chosen preset has them.
     """
 
-    def __init__(self, prog: str, doc: str):
+    def __init__(self, prog: str, doc: str, any_bytes: bool = False):
         super().__init__(
             prog=prog,
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.any_bytes = any_bytes  # whether arguments need not be UTF-8
         self.argv: list[str] = []
         self.default_preset: str | None = None
 
     def parse_args(self, argv):
         self.argv = argv
+        for text in argv:
+            if not self.any_bytes and os.fsencode(text).decode("utf-8", "replace") != text:
+                self.error(f"argument {text!r} is not UTF-8")
         args, unknown = self.parse_known_args(argv)
         if unknown:
             hint = nearest(unknown[0].partition("=")[0], self._option_string_actions)

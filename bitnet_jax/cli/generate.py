@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> Namespace:
     """The command line; raises UserError for values that make no text."""
-    parser = flags.Parser("bitnet generate", __doc__)
+    parser = flags.Parser("bitnet generate", __doc__, any_bytes=True)
     add, told = parser.add_argument, "(default: %(default)s)"
     flags.add_source(parser)
     add("--prompt", action="append", default=[], dest="prompts", help="may be repeated")

@@ -11,7 +11,6 @@ per replicate with its verdict, and the page, report.html in the workdir.
 """
 
 import json
-import sys
 
 from bitnet_jax.cli import flags
 
@@ -62,6 +61,7 @@ def _arguments(argv: list[str]) -> str:
 
 def tell(request: flags.Request, summary: dict) -> int:
     """Print how each replicate ended and where the page is; 1 when one failed."""
+    from bitnet_jax import checkpoint
     from bitnet_jax.recorder import failure_text
 
     if request.verbose:
@@ -76,11 +76,17 @@ def tell(request: flags.Request, summary: dict) -> int:
             f"{entry['name']} seed {entry['seed']}: {entry['verdict']}, held-out {told} "
             f"(unigram {unigram:.3f})"
         )
-    for entry in summary["replicates"]:
+    kept = checkpoint.kept_steps(request.workdir)
+    for i, entry in enumerate(summary["replicates"]):
         if entry["failed"]:
-            text = f"{entry['name']} seed {entry['seed']}: {failure_text(entry['failed'])}"
+            good = [step for step in kept if step < entry["failed"]["step"]]
+            last = (
+                f"last good checkpoint: {request.workdir}@{good[-1]}:{i}"
+                if good
+                else "no checkpoint before"
+            )
+            text = f"{entry['name']} seed {entry['seed']}: {failure_text(entry['failed'])}; {last}"
             flags.fail(f"failed: {text}", 1)
-    sys.stderr.flush()
     print(f"page: {request.workdir / 'report.html'}")
     return 1 if any(entry["failed"] for entry in summary["replicates"]) else 0
 
