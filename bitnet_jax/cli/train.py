@@ -78,15 +78,11 @@ def tell(request: flags.Request, summary: dict) -> int:
         )
     kept = checkpoint.kept_steps(request.workdir)
     for i, entry in enumerate(summary["replicates"]):
-        if entry["failed"]:
-            good = [step for step in kept if step < entry["failed"]["step"]]
-            last = (
-                f"last good checkpoint: {request.workdir}@{good[-1]}:{i}"
-                if good
-                else "no checkpoint before"
-            )
-            text = f"{entry['name']} seed {entry['seed']}: {failure_text(entry['failed'])}; {last}"
-            flags.fail(f"failed: {text}", 1)
+        if failure := entry["failed"]:
+            good = [step for step in kept if step < failure["step"]]
+            place = f"last good checkpoint: {request.workdir}@{good[-1]}:{i}" if good else ""
+            text = f"{entry['name']} seed {entry['seed']}: {failure_text(failure)}"
+            flags.fail(f"failed: {text}; {place or 'no checkpoint before'}", 1)
     print(f"page: {request.workdir / 'report.html'}")
     return 1 if any(entry["failed"] for entry in summary["replicates"]) else 0
 
