@@ -70,6 +70,14 @@ def test_numbers_of_stage_2_that_arms_set_are_refused():
         study.train(request, list(study.ARMS), study.measure)
 
 
+TWO = (STAGE_2, CONTINUED)
+
+
+@pytest.fixture
+def two_forks(monkeypatch):
+    monkeypatch.setattr(study, "FORKS", TWO)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cache_folder):
     """A request for two forks of both recipes, their rows, and the workdir of what they fork."""
@@ -85,9 +93,10 @@ def trained(tmp_path_factory, cache_folder):
     )
     request = arms.Request("fork", "tiny", cfg, {}, [3], folder / "runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "FORKS", (STAGE_2, CONTINUED))
         patch.setenv("BITNET_JAX_CACHE", str(cache_folder))
-        made = study.train(request, list(study.ARMS), study.measure)
+        with pytest.MonkeyPatch.context() as two:
+            two.setattr(study, "FORKS", TWO)
+            made = study.train(request, list(study.ARMS), study.measure)
         (source,) = {
             request.workdir / row["id"].partition("/")[0]
             for row in made
@@ -115,7 +124,7 @@ def test_the_restored_run_repeats_the_one_not_stopped_and_others_share_its_past(
     assert prints[0] != prints[1]
 
 
-def test_all_arms_are_of_one_study_and_a_repeated_command_trains_nothing(trained):
+def test_all_arms_are_of_one_study_and_a_repeated_command_trains_nothing(trained, two_forks):
     request, made, source = trained
     assert len(rows.by_study(made)) == 1 and len({rows.place(row) for row in made}) == 6
     begun = (source / "metrics.jsonl").stat().st_mtime_ns
@@ -152,7 +161,7 @@ def test_the_log_of_a_fork_is_not_begun_twice(trained, tmp_path):
     assert log.read_rows(path)[-1] == {"step": 6}
 
 
-def test_a_restored_run_that_differs_fails_the_command(trained, monkeypatch):
+def test_a_restored_run_that_differs_fails_the_command(trained, two_forks, monkeypatch):
     request, _, _ = trained
     monkeypatch.setattr(study, "differing", lambda df: ["coupled stage 2, seed 3"])
     with pytest.raises(RunFailed, match="coupled stage 2, seed 3"):
