@@ -153,7 +153,7 @@ def keep_likely(logits_BV: jax.Array, top_k, top_p) -> jax.Array:
     return jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)
 
 
-def degeneration(tokens_BN, end_of_text: int) -> dict[str, float | None]:
+def degeneration(tokens_BN, end_of_text) -> dict[str, float | None]:
     """How repetitive continuations are: means over them, each up to its end of text.
 
     unique        distinct tokens

@@ -171,7 +171,7 @@ def continuations(program: Program, state: TrainState) -> list[dict]:
     """
     tokenizer, held_out_N = program.tokens.tokenizer, program.tokens.validation_N
     n_prompt = program.cfg.data.seq_len // 2
-    n_new, end = max(32, n_prompt), tokenizer.end_of_text  # loops need some length to be seen
+    n_new, end = max(32, n_prompt), np.array(tokenizer.ends)  # loops need some length to be seen
     starts_B = np.linspace(0, max(0, len(held_out_N) - n_prompt - n_new), N_PROMPTS).astype(int)
     windows_BL = starts_B[:, None] + np.arange(n_prompt + n_new)
     tokens_BL = held_out_N.take(windows_BL, mode="wrap").astype(np.int32)
