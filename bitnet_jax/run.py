@@ -55,7 +55,7 @@ def run(
             path = workdir / "summary.json"
             if path.exists() and (summary := log.read_json(path)).get("finished"):
                 told = f"{workdir}: finished before at step {summary.get('step')}"
-                longer = f"run.steps={2 * cfg.run.steps}"
+                longer = {"run.steps": 2 * cfg.run.steps}
                 print(f"{told}; to train longer: {fork_command(workdir, longer)}")
                 page.write_page(workdir)
                 return summary

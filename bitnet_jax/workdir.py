@@ -74,16 +74,26 @@ def check_same(workdir: Path, settings: dict, corpus: dict) -> None:
         return
     tree = log.read_json(path)
     saved = config.to_json(*config.from_json(tree, str(path)))
-    differs = first_difference(saved, settings)
-    if differs:
+    if differs := first_difference(_by_importance(saved), _by_importance(settings)):
         name, was, now = differs
-        longer = f"{name}={now}" if name.partition(".")[0] in config.SECTIONS else "FIELD=VALUE"
+        changed = f"{workdir}: was started with {name}={config.shown(was)}, not {config.shown(now)}"
+        if name.startswith(("model.", "--seeds")):
+            raise UserError(f"{changed}; give another --workdir")
+        wanted = {name.rpartition("].")[2]: now}
+        if (workdir / "summary.json").exists():
+            wanted = {"run.steps": 2 * saved["run"]["steps"]} | wanted
         raise UserError(
-            f"{workdir}: was started with {name}={config.shown(was)}, not {config.shown(now)}; "
-            f"to go on from it with other numbers: {fork_command(workdir, longer)}"
+            f"{changed}; to go on from it with other numbers: {fork_command(workdir, wanted)}"
         )
     if tree.get("corpus") != corpus:
         raise UserError(f"{workdir}: data.corpus={corpus['source']} has changed since the start")
+
+
+def _by_importance(settings: dict) -> dict:
+    """The same with the seeds before the numbers of replicates."""
+    seeds = ",".join(dict.fromkeys(str(rep["seed"]) for rep in settings["replicates"]))
+    sections = {name: settings[name] for name in config.SECTIONS}
+    return sections | {"--seeds": seeds, "replicates": settings["replicates"]}
 
 
 def first_difference(a, b, path: str = "") -> tuple[str, object, object] | None:
@@ -98,10 +108,18 @@ def first_difference(a, b, path: str = "") -> tuple[str, object, object] | None:
     return next((difference for difference in found if difference), None)
 
 
-def fork_command(workdir: Path, assignment: str) -> str:
-    """The command that goes on from the end of a run, with one field changed, in a new workdir."""
-    flags = f"--config {workdir}/config.json --set run.init=fork:{workdir} --set {assignment}"
-    return f"bitnet train {flags} --workdir {workdir}-2"
+def fork_command(workdir: Path, wanted: dict) -> str:
+    """The command that goes on from the last checkpoint of a run, in a workdir of its own.
+
+    `wanted` are the fields that change.
+    """
+    changes = {"run.init": f"fork:{workdir}"} | wanted
+    sets = [
+        f"--set {name}={','.join(value) if isinstance(value, list) else value}"
+        for name, value in changes.items()
+    ]
+    start = f"bitnet train --config {workdir}/config.json"
+    return " ".join([start, *sets, f"--workdir {workdir}-2"])
 
 
 def write_config(program: Program, settings: dict, workdir: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from bitnet_jax import checkpoint, config, log, optim, presets, restore, run, verdict, workdir
 from bitnet_jax import program as programs
+from bitnet_jax.cli import flags
 from bitnet_jax.config import UserError
 from bitnet_jax.recorder import RATE_BLOCK, Recorder, describe_failure, rate_sum
 
@@ -237,7 +239,8 @@ def test_resuming_with_other_settings_is_refused(cfg, finished, assignment, mess
 
 def test_resuming_with_other_replicates_names_the_first_number_that_differs(cfg, finished):
     for others, named in (
-        (presets.make_replicates(cfg, [1], {}), "replicates[0].seed=0, not 1"),
+        (presets.make_replicates(cfg, [1], {}), "--seeds=0, not 1"),
+        (presets.make_replicates(cfg, [0, 1], {}), "--seeds=0, not 0,1"),
         (replicates_of(cfg, lr_peak=1e-3), "replicates[0].hyper.lr_peak=0.0015, not 0.001"),
     ):
         with pytest.raises(UserError) as caught:
@@ -487,6 +490,25 @@ def test_a_signal_after_training_is_told_and_the_page_comes_with_a_resume(
     assert caught.value.exit_status == 130
     assert start(cfg, folder, resume=True)["replicates"] == finished[1]["replicates"]
     assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("assignment", ["run.steps=40", "hyper.lr_peak=0.001", "data.seq_len=8"])
+def test_the_command_that_is_told_goes_on_from_a_finished_run(cfg, finished, tmp_path, assignment):
+    """With the number that the resumed run was refused for."""
+    workdir, _ = finished
+    other, hyper = presets.override(cfg, [assignment])
+    with pytest.raises(UserError) as caught:
+        run.run(other, presets.make_replicates(other, [0], hyper), workdir, resume=True)
+    words = shlex.split(str(caught.value).partition("bitnet train ")[2])
+    parser = flags.Parser("bitnet train", "")
+    flags.add_run(parser, place="")
+    asked = flags.resolve(parser.parse_args([*words, "--set", "run.eval_every=5"]), "train")
+    name, value = assignment.partition("=")[::2]
+    section, field = name.split(".")
+    part = asked.replicates[1].hyper if section == "hyper" else getattr(asked.cfg, section)
+    assert getattr(part, field) == float(value) and asked.cfg.run.steps > STEPS
+    program = programs.build(asked.cfg, asked.replicates)
+    assert restore.start_state(program, asked.workdir)[1] == STEPS
 
 
 # The workdir
