@@ -65,12 +65,13 @@ def kept_steps(workdir: Path) -> list[int]:
     """Steps that can be restored, ascending; saves that were cut off do not count."""
     folder = Path(workdir).absolute() / "checkpoints"
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
-    return sorted(step for step in steps if (folder / str(step) / MANIFEST).is_file())
+    return sorted(step for step in steps if (folder / str(step) / MANIFEST).exists())
 
 
 def load_config(workdir: Path, step: int) -> dict:
     """The resolved configuration that was saved with a step."""
-    with _reading(workdir, step) as folder, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    handler = ocp.JsonCheckpointHandler()
+    with _reading(workdir, step, "config") as folder, ocp.Checkpointer(handler) as reader:
         return reader.restore(folder / "config")
 
 
@@ -105,14 +106,14 @@ def restore_replicate(workdir: Path, step: int, index: int, abstract_state):
     return jax.tree.map(lambda x: x[index], restore(workdir, step, stacked))
 
 
-def _checksums(folder: Path) -> dict[str, int]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+def _checksums(folder: Path, part: str = "") -> dict[str, int]:
+    files = sorted(p for p in (folder / part).rglob("*") if p.is_file() and p.name != MANIFEST)
     return {str(p.relative_to(folder)): zlib.crc32(p.read_bytes()) for p in files}
 
 
 @contextlib.contextmanager
-def _reading(workdir: Path, step: int):
-    """Yield the folder of a step once its files have been checked.
+def _reading(workdir: Path, step: int, part: str = ""):
+    """Yield the folder of a step once its files, or those of a part, have been checked.
 
     orbax meets damaged files deep inside its coroutines and says so on many lines, hence the check
     before it reads.
@@ -122,11 +123,12 @@ def _reading(workdir: Path, step: int):
     folder = Path(workdir).absolute() / "checkpoints" / str(step)
     remedy = "remove this folder to go on from an earlier step"
     try:
-        written, found = json.loads((folder / MANIFEST).read_text()), _checksums(folder)
+        written, found = json.loads((folder / MANIFEST).read_text()), _checksums(folder, part)
         if not isinstance(written, dict):
             raise ValueError(f"not an object but {type(written).__name__}")
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: damaged checkpoint: {MANIFEST}; {remedy}") from error
+    written = {name: crc32 for name, crc32 in written.items() if name.startswith(part)}
     for name in sorted(written | found):
         if written.get(name) != found.get(name):
             raise UserError(f"{folder}: damaged checkpoint: {name} is not as written; {remedy}")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,6 +81,19 @@ def read_rows(path: Path) -> list[dict]:
     Raises UserError that names the file and the line for any other line that is not an object.
     """
     return [_parse(path, number, line) for number, line in _numbered_lines(path)]
+
+
+def seal(path: Path, size: int | None = None) -> dict[str, int]:
+    """Length and CRC-32 of the first `size` bytes of a file, of all by default."""
+    crc32, left = 0, path.stat().st_size if size is None else size
+    taken = left
+    try:
+        with path.open("rb") as file:
+            while left and (block := file.read(min(left, 1 << 24))):
+                crc32, left = zlib.crc32(block, crc32), left - len(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return {"bytes": taken - left, "crc32": crc32}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The ways a state comes to be: resumed, forked, imported, from scratch; one replicate of it."""
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import checkpoint, config, hf, optim, train
+from bitnet_jax import checkpoint, config, hf, log, optim, train
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program
 from bitnet_jax.tokenizer import Tokenizer, load_folder
@@ -18,6 +19,7 @@ def start_state(program: Program, workdir: Path) -> tuple[train.TrainState, int]
     """Where training starts: resume this workdir, else as `run.init` says, else from scratch."""
     steps = checkpoint.kept_steps(workdir)
     if steps:
+        check_rows(workdir, steps[-1])
         return checkpoint.restore(workdir, steps[-1], program.abstract_state), steps[-1]
     kind, _, source = (program.cfg.run.init or "").partition(":")
     if kind == "hf":
@@ -92,7 +94,45 @@ def load_model(source: str) -> Model:
     cfg, replicate, state = load_replicate(workdir, step, index or 0)
     label = f"{workdir}@{step}:{index or 0} ({replicate.name}, seed {replicate.seed})"
     hyper = train.at_step(replicate.hyper, state.step)
-    return Model(label, cfg, hyper, state.params, load_folder(workdir / "tokenizer"))
+    return Model(label, cfg, hyper, state.params, run_tokenizer(workdir, step))
+
+
+def run_tokenizer(workdir: Path, step: int) -> Tokenizer:
+    """The tokenizer of a workdir; raises UserError unless its checkpoint was trained with it."""
+    folder = workdir / "tokenizer"
+    tokenizer = load_folder(folder)
+    if tokenizer.key != saved_corpus(workdir, step)["tokenizer"]["key"]:
+        raise UserError(
+            f"{folder}: damaged or replaced: not the tokenizer that the run was trained with"
+        )
+    return tokenizer
+
+
+def saved_corpus(workdir: Path, step: int) -> dict:
+    """What a checkpoint was trained on: `identity` of data.TokenData."""
+    saved = checkpoint.load_config(workdir, step)
+    if "corpus" not in saved:
+        raise UserError(f"{workdir}: step {step} does not say its corpus: of an older version")
+    return saved["corpus"]
+
+
+def check_rows(workdir: Path, step: int) -> int:
+    """Bytes of metrics.jsonl up to a checkpoint; UserError unless they are as they were then."""
+    path, saved = workdir / "metrics.jsonl", checkpoint.load_config(workdir, step).get("metrics")
+    if saved is None or log.seal(path, saved["bytes"]) != saved:
+        raise UserError(
+            f"{path}: not as it was when step {step} was saved; to go on without it, fork: "
+            f"--set run.init=fork:{workdir} --workdir {workdir}-2"
+        )
+    return saved["bytes"]
+
+
+def evaluations(workdir: Path, step: int, index: int) -> list[dict]:
+    """The evaluations of a replicate up to a checkpoint; raises UserError as `check_rows` does."""
+    size = check_rows(workdir, step)
+    with (workdir / "metrics.jsonl").open("rb") as file:
+        rows = [json.loads(line) for line in file.read(size).splitlines()]
+    return [row for row in rows if (row["kind"], row["replicate"]) == ("eval", index)]
 
 
 def is_hf_folder(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program, build
 from bitnet_jax.recorder import Recorder
 from bitnet_jax.train import STANDARD, Seams, TrainState
-from bitnet_jax.workdir import check_same, fork_command, occupied, write_config
+from bitnet_jax.workdir import check_same, describe, fork_command, occupied, write_config
 
 N_PROMPTS = 16  # held-out beginnings that every replicate continues at the end
 N_SHOWN = 3  # of them on the page
@@ -57,6 +57,8 @@ def run(
                 told = f"{workdir}: finished before at step {summary.get('step')}"
                 longer = {"run.steps": 2 * cfg.run.steps}
                 print(f"{told}; to train longer: {fork_command(workdir, longer)}")
+                if steps := checkpoint.kept_steps(workdir):
+                    restore.check_rows(workdir, steps[-1])
                 page.write_page(workdir)
                 return summary
             # float32 means float32: else a TPU multiplies it in bfloat16 and a GPU in TF32.
@@ -73,13 +75,18 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
     """Train from where the workdir stands to the end; returns the summary."""
     began, run = time.monotonic(), program.cfg.run
     state, start = restore.start_state(program, workdir)
-    write_config(program, settings, workdir)
+    described = describe(program, settings)
+    write_config(program, described, workdir)
     with contextlib.ExitStack() as stack:
         manager = checkpoint.open_manager(workdir, run)
         stack.callback(manager.close)
         recorder = Recorder(program, workdir, start)
         stack.callback(recorder.close)
-        save = partial(checkpoint.save, manager, config=settings)
+
+        def save(step, state):
+            sealed = described | {"metrics": log.seal(workdir / "metrics.jsonl")}
+            checkpoint.save(manager, step, state, sealed)
+
         state, step = _loop(program, state, start, recorder, save, stop_when_collapsed)
         try:
             decoded = continuations(program, state)

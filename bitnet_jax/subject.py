@@ -1,7 +1,6 @@
 """What an audit examines: one replicate of a run, or a model alone, and the text beside it."""
 
 import functools
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,10 +174,11 @@ def open_run(workdir: Path, step: int, index: int, text: str | None = None) -> S
     """One replicate of a checkpoint, with optimiser and, unless it was imported, its start."""
     cfg, replicate, state = restore.load_replicate(workdir, step, index)
     if text:
+        restore.run_tokenizer(workdir, step)
         cfg = replace(cfg, data=on_text(cfg.data, text, f"hf:{workdir / 'tokenizer'}"))
     built = program.build(cfg, [replicate])
     if not text:
-        check_corpus(workdir, cfg.data, built.tokens.identity)
+        check_corpus(workdir, step, cfg.data, built.tokens.identity)
     return of_run(built, state)
 
 
@@ -207,8 +207,7 @@ def on_text(cfg: data.DataConfig, text: str, tokenizer: str) -> data.DataConfig:
     return replace(cfg, seq_len=length, **corpus)
 
 
-def check_corpus(workdir: Path, cfg: data.DataConfig, identity: dict) -> None:
-    """Raise UserError unless the corpus is the one that the workdir's run was trained on."""
-    saved = workdir / "config.json"
-    if saved.is_file() and json.loads(saved.read_text()).get("corpus", identity) != identity:
+def check_corpus(workdir: Path, step: int, cfg: data.DataConfig, identity: dict) -> None:
+    """Raise UserError unless the corpus is the one that the checkpoint was trained on."""
+    if restore.saved_corpus(workdir, step) != identity:
         raise UserError(f"{workdir}: data.corpus={cfg.corpus} has changed since the run")

@@ -241,13 +241,14 @@ def _wrap(name: str, backend: tokenizers.Tokenizer, end: str, ends=()) -> Tokeni
         elif not added[i].special:
             token_bytes_V[i] = len(token.encode())
     token_bytes_V[[*begin, *close]] = 0
-    content = f"{backend.to_str()} {end_of_text}"
+    ends = tuple(dict.fromkeys([end_of_text, *ends]))
+    content = f"{backend.to_str()} {end_of_text}" + f" {ends}" * (len(ends) > 1)
     return Tokenizer(
         name=name,
         key=hashlib.sha256(content.encode()).hexdigest()[:16],
         vocab_size=len(token_bytes_V),
         end_of_text=end_of_text,
-        ends=tuple(dict.fromkeys([end_of_text, *ends])),
+        ends=ends,
         begin=begin,
         close=close,
         token_bytes_V=token_bytes_V,

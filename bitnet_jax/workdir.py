@@ -122,24 +122,27 @@ def fork_command(workdir: Path, wanted: dict) -> str:
     return " ".join([start, *sets, f"--workdir {workdir}-2"])
 
 
-def write_config(program: Program, settings: dict, workdir: Path) -> None:
-    """Write config.json and the tokenizer, unless a run was begun here, and say what is trained."""
+def describe(program: Program, settings: dict) -> dict:
+    """Content of config.json, which goes with every checkpoint, too."""
     one = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state.params
     )
-    n_params = sum(x.size for x in jax.tree.leaves(one))
+    return settings | {
+        "provenance": log.provenance(),
+        "corpus": program.tokens.identity,
+        "references": program.references,
+        "n_params": sum(x.size for x in jax.tree.leaves(one)),
+        "decay_table": optim.decay_table(one),
+    }
+
+
+def write_config(program: Program, described: dict, workdir: Path) -> None:
+    """Write config.json and the tokenizer, unless a run was begun here, and say what is trained."""
     device, tokens = jax.devices()[0].device_kind, len(program.tokens.train_N)
     print(
-        f"{len(program.replicates)} replicates of {n_params:,} parameters on {program.mesh.size} x "
-        f"{device}; {tokens:,} training tokens; {workdir}"
+        f"{len(program.replicates)} replicates of {described['n_params']:,} parameters on "
+        f"{program.mesh.size} x {device}; {tokens:,} training tokens; {workdir}"
     )
     if not (workdir / "config.json").exists():
-        described = settings | {
-            "provenance": log.provenance(),
-            "corpus": program.tokens.identity,
-            "references": program.references,
-            "n_params": n_params,
-            "decay_table": optim.decay_table(one),
-        }
         program.tokens.tokenizer.save(workdir / "tokenizer")
         log.write_json(workdir / "config.json", described)

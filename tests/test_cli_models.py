@@ -157,6 +157,48 @@ def test_a_workdir_alone_writes_text(trained, bitnet, tmp_path, monkeypatch):
     assert bitnet("generate", workdir, *short)[1].startswith("7 cats")
 
 
+def edit(text):
+    """JSON of a tokenizer without its last merge, or of a row with another loss."""
+    tree = json.loads(text)
+    if "model" in tree:
+        tree["model"]["merges"].pop()
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "arguments"),
+    [
+        ("tokenizer/tokenizer.json", edit, "generate RUN --prompt a"),
+        ("tokenizer/tokenizer.json", edit, "convert hf RUN NEW"),
+        ("tokenizer/tokenizer.json", edit, "triage RUN --text TEXT"),
+        ("metrics.jsonl", lambda text: text.replace("1", "2", 1), "inspect RUN"),
+        ("metrics.jsonl", lambda text: "", "convert hf RUN NEW"),
+        ("checkpoints/2/manifest.json", None, "generate RUN --prompt a"),
+    ],
+)
+def test_what_a_workdir_holds_is_as_it_was_saved(
+    trained, bitnet, tmp_path, name, damage, arguments
+):
+    """A damaged file is named in one line; None: a folder stands in its place."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    path = folder / name
+    text = path.read_text()
+    path.unlink()
+    if damage:
+        path.write_text(damage(text))
+    else:
+        path.mkdir()
+    places = {"RUN": folder, "NEW": tmp_path / "new", "TEXT": __file__}
+    status, out, err = bitnet(*(places.get(word, word) for word in arguments.split()))
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert str(path.parent) in err and not (tmp_path / "new").exists()
+    config = folder / "config.json"  # training and its page need it, no model does
+    config.write_text("[")
+    if name == "metrics.jsonl":
+        assert bitnet("generate", folder, "--prompt", "a", "--tokens", "2")[0] == 0
+
+
 def test_triage_and_inspection_of_a_run(trained, bitnet):
     workdir, _ = trained
     status, out, err = bitnet("triage", f"{workdir}@2:1")

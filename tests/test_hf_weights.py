@@ -23,7 +23,18 @@ from hf_models import (
     write_tensors,
 )
 
-from bitnet_jax import config, generate, hf, hf_files, presets, program, quant, restore
+from bitnet_jax import (
+    checkpoint,
+    config,
+    generate,
+    hf,
+    hf_files,
+    log,
+    presets,
+    program,
+    quant,
+    restore,
+)
 from bitnet_jax.cli import convert
 from bitnet_jax.config import Config, Hyper, UserError
 
@@ -307,7 +318,7 @@ def test_a_model_card_tells_the_facts_that_are_known(tmp_path):
     )
 
 
-def test_the_card_of_a_run_has_the_loss_of_the_exported_step(tmp_path):
+def test_the_card_of_a_run_has_the_loss_of_the_exported_step(tmp_path, monkeypatch):
     """Of the large block where there is one, beside the predictors on the same positions."""
     cfg = presets.preset("tiny")
     described = config.to_json(cfg, presets.make_replicates(cfg, [4], {})) | {
@@ -315,7 +326,6 @@ def test_the_card_of_a_run_has_the_loss_of_the_exported_step(tmp_path):
         "corpus": {"source": "text:a", "sha256": "00ff"},
         "provenance": {"git_commit": None},
     }
-    (tmp_path / "config.json").write_text(json.dumps(described))
     rows = [
         {"step": 5, "replicate": 1, "kind": "eval", "eval/loss": 5.0},
         {"step": 5, "replicate": 0, "kind": "eval", "eval/loss": 9.0},
@@ -323,7 +333,10 @@ def test_the_card_of_a_run_has_the_loss_of_the_exported_step(tmp_path):
         | {"held_out/minus_unigram": -1.25, "held_out/minus_bigram": -0.5},
         {"step": 20, "replicate": 1, "kind": "train", "train/loss": 3.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described["metrics"] = log.seal(path)
+    monkeypatch.setattr(checkpoint, "load_config", lambda *_: described)
     early, last = (convert.run_card(tmp_path, step, 1) for step in (5, 20))
     assert (early.loss, early.unigram, early.bigram) == (5.0, 5.5, 5.25)
     assert (last.loss, last.unigram, last.bigram) == (4.5, 5.75, 5.0)

@@ -1,13 +1,22 @@
 """Inspection against planted weights and the evaluation of training; the worst comes first."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 
-from bitnet_jax import audit, checkpoint, config, inspection, model, presets, program, subject
+from bitnet_jax import (
+    audit,
+    checkpoint,
+    config,
+    inspection,
+    model,
+    presets,
+    program,
+    restore,
+    subject,
+)
 from bitnet_jax.config import UserError
+from bitnet_jax.workdir import describe
 
 KERNEL = "block_1/ffn/down/kernel"
 
@@ -30,13 +39,11 @@ def workdir(tiny, tmp_path):
     states[10] = states[5].replace(step=np.array([10], np.int32), params=params)
     with checkpoint.open_manager(folder, cfg.run) as manager:
         for step, state in states.items():
-            checkpoint.save(manager, step, state, settings)
-    about = {"corpus": built.tokens.identity}
-    (folder / "config.json").write_text(json.dumps(settings | about))
+            checkpoint.save(manager, step, state, describe(built, settings))
     return folder
 
 
-def test_inspection_of_an_unfinished_run(workdir):
+def test_inspection_of_an_unfinished_run(workdir, monkeypatch):
     folder = workdir
     rows = [{"step": s, "collapse/unique_tokens": n} for s, n in ((0, 1), (5, 2), (10, 1))]
     found = inspection.inspect(str(folder), rows=rows)
@@ -61,7 +68,7 @@ def test_inspection_of_an_unfinished_run(workdir):
     assert not tokens["learned"] and any("not learned" in o for o in found["observations"])
     assert found["observations"][0] in inspection.lines(found)[0]
 
-    (folder / "config.json").write_text(json.dumps({"corpus": "another"}))
+    monkeypatch.setattr(restore, "saved_corpus", lambda *_: "another")
     with pytest.raises(UserError, match="has changed since the run"):
         inspection.inspect(str(folder))
 

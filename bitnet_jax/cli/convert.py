@@ -73,17 +73,13 @@ def run_card(workdir: Path, step: int, index: int | None):
     The loss is that of the large block where the step has one, beside the predictors on the same
     positions.
     """
-    from bitnet_jax import config, hf, log, metrics
+    from bitnet_jax import checkpoint, config, hf, metrics, restore
 
     index = index or 0
-    described = log.read_json(workdir / "config.json")
-    cfg, replicates = config.from_json(described, str(workdir / "config.json"))
-    rows = {
-        row["step"]: row
-        for row in log.read_rows(workdir / "metrics.jsonl")
-        if (row.get("kind"), row.get("replicate")) == ("eval", index)
-    }
-    row, losses = rows.get(step, {}), {}
+    described = checkpoint.load_config(workdir, step)
+    cfg, replicates = config.from_json(described, f"{workdir}@{step}")
+    rows = restore.evaluations(workdir, step, index)
+    row, losses = rows[-1] if rows and rows[-1]["step"] == step else {}, {}
     if metrics.HELD_OUT_LOSS in row:
         losses["loss"] = row[metrics.HELD_OUT_LOSS]
         losses["unigram"] = losses["loss"] - row[metrics.MINUS_UNIGRAM]

@@ -29,15 +29,9 @@ def main(argv: list[str]) -> None:
 
 def evaluations(source: str) -> list[dict]:
     """The evaluations of a run's replicate up to the step of SOURCE; none of a folder alone."""
-    from bitnet_jax import log, restore
+    from bitnet_jax import restore
 
     if restore.is_hf_folder(Path(source)):
         return []
     workdir, step, index = restore.checkpoint_place(source)
-    return [
-        row
-        for row in log.read_rows(workdir / "metrics.jsonl")
-        if row.get("kind") == "eval"
-        and row.get("replicate") == (index or 0)
-        and row["step"] <= step
-    ]
+    return restore.evaluations(workdir, step, index or 0)
