@@ -152,6 +152,14 @@ def test_json_with_extra_keys_at_the_top_still_reads():
     assert config.from_json(tree) == (cfg, replicates)
 
 
+def with_extra(extra):
+    def change(tree):
+        entry = tree["replicates"][0]
+        return tree | {"replicates": [entry | {"hyper": entry["hyper"] | {"extra": extra}}]}
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "mentions"),
     [
@@ -164,6 +172,8 @@ def test_json_with_extra_keys_at_the_top_still_reads():
         (lambda t: t | {"run": t["run"] | {"recipes": [1]}}, ["run.recipes[0]", "str", "1"]),
         (lambda t: t | {"model": t["model"] | {"norm_eps": math.inf}}, ["model.norm_eps", "inf"]),
         (lambda t: t | {"replicates": []}, ["replicates", "empty"]),
+        (with_extra({"x": math.inf}), ["replicates[0].hyper.extra.x", "inf"]),
+        (with_extra({"x": "1"}), ["replicates[0].hyper.extra.x", "float"]),
         (lambda t: t | {"replicates": [{"name": "a"}]}, ["replicates[0].hyper", "dict"]),
     ],
 )
