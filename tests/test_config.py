@@ -265,6 +265,22 @@ def test_a_hyper_that_makes_no_schedule_is_refused(name, value, accepted):
         presets.make_replicates(presets.preset("tiny"), [0], {name: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("seed", -1), ("seed", 2**32), ("seed", 10**25)),
+        *(("name", ""), ("name", "../a"), ("name", "a\n"), ("name", "a" * 300)),
+    ],
+)
+def test_a_replicate_needs_a_seed_and_a_name_of_a_folder(field, value):
+    run = RunConfig()
+    (rep,) = presets.make_replicates(Config(run=RunConfig(recipes=("coupled",))), [2**32 - 1], {})
+    presets.check_replicate(run, rep)
+    with pytest.raises(UserError, match=field) as caught:
+        presets.check_replicate(run, dataclasses.replace(rep, **{field: value}))
+    assert "\n" not in str(caught.value)
+
+
 def test_warmup_may_end_at_the_boundary():
     presets.make_replicates(presets.preset("tiny"), [0], {"warmup_steps": 10.0})
 
