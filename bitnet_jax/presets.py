@@ -139,7 +139,7 @@ def make_replicates(
         for seed in seeds
     ]
     for rep in replicates:
-        check_hyper(cfg.run, rep.hyper)
+        check_replicate(cfg.run, rep)
     return replicates
 
 
@@ -147,6 +147,18 @@ def _recipe(name: str, run: RunConfig) -> Hyper:
     hyper = RECIPES[name](run.steps)
     as_reported = run.late_schedule and name != "published"
     return hyper.replace(warmup_steps=375.0) if as_reported else hyper
+
+
+def check_replicate(run: RunConfig, rep: Replicate) -> None:
+    """Raise UserError if a replicate has no name for a folder, no seed, or no schedule."""
+    name = rep.name
+    if not (0 < len(name) <= 100 and name.isprintable() and "/" not in name):
+        raise UserError(
+            f"replicate {shown(name)}: its name must be 1 to 100 printable characters without /"
+        )
+    if not 0 <= rep.seed < 2**32:
+        raise UserError(f"replicate {name}: seed={shown(rep.seed)}: must lie in 0 .. {2**32 - 1}")
+    check_hyper(run, rep.hyper)
 
 
 def check_hyper(run: RunConfig, hyper: Hyper) -> None:

@@ -295,6 +295,16 @@ def test_a_config_file_gives_fields_and_replicates(saved):
     assert [rep.name for rep in asked.replicates] == ["decoupled"]
 
 
+def test_an_impossible_seed_of_a_config_file_is_one_line(saved, bitnet):
+    path, *_ = saved
+    tree = json.loads(path.read_text())
+    tree["replicates"][0]["seed"] = -1
+    path.write_text(json.dumps(tree))
+    status, _, err = bitnet("train", "--config", path, "--dry-run")
+    assert status == 2 and "seed=-1" in only_line(err)
+    assert bitnet("train", "--config", path, "--dry-run", "--seeds", "1")[0] == 0
+
+
 def test_a_config_file_by_hand_may_have_a_part(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"model": {"d_ff": 96}, "run": {"recipes": ["decoupled"]}}')

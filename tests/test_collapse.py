@@ -293,3 +293,15 @@ def test_the_standard_error_over_equal_windows_is_the_usual_one():
     assert "held_out/minus_unigram" not in numbers
     alone = collapse.finalize_large(stats(logits_BLV[:1], targets_BL[:1]))
     assert math.isnan(alone["held_out/loss_se"][0])
+
+
+def test_a_window_without_a_scored_position_is_no_sample(case):
+    """A window of padding changes neither the mean nor its standard error."""
+    logits_BLV, targets_BL = case[0], case[1]
+    weights_BL = np.ones(targets_BL.shape, np.float32)
+    whole = collapse.finalize_large(stats(logits_BLV, targets_BL, weights_BL))
+    logits_BLV, targets_BL = (np.concatenate([x, x[:1]]) for x in (logits_BLV, targets_BL))
+    weights_BL = np.concatenate([weights_BL, 0 * weights_BL[:1]])
+    padded = collapse.finalize_large(stats(logits_BLV, targets_BL, weights_BL))
+    for key, value in whole.items():
+        assert float(padded[key][0]) == pytest.approx(float(value[0]), rel=1e-5), key

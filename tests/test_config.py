@@ -152,6 +152,14 @@ def test_json_with_extra_keys_at_the_top_still_reads():
     assert config.from_json(tree) == (cfg, replicates)
 
 
+def with_extra(extra):
+    def change(tree):
+        entry = tree["replicates"][0]
+        return tree | {"replicates": [entry | {"hyper": entry["hyper"] | {"extra": extra}}]}
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "mentions"),
     [
@@ -164,6 +172,8 @@ def test_json_with_extra_keys_at_the_top_still_reads():
         (lambda t: t | {"run": t["run"] | {"recipes": [1]}}, ["run.recipes[0]", "str", "1"]),
         (lambda t: t | {"model": t["model"] | {"norm_eps": math.inf}}, ["model.norm_eps", "inf"]),
         (lambda t: t | {"replicates": []}, ["replicates", "empty"]),
+        (with_extra({"x": math.inf}), ["replicates[0].hyper.extra.x", "inf"]),
+        (with_extra({"x": "1"}), ["replicates[0].hyper.extra.x", "float"]),
         (lambda t: t | {"replicates": [{"name": "a"}]}, ["replicates[0].hyper", "dict"]),
     ],
 )
@@ -253,6 +263,22 @@ def test_coupled_decays_every_parameter_and_published_only_matrices_in_stage_1()
 def test_a_hyper_that_makes_no_schedule_is_refused(name, value, accepted):
     with pytest.raises(UserError, match=rf"hyper\.{name}=.*{accepted}"):
         presets.make_replicates(presets.preset("tiny"), [0], {name: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("seed", -1), ("seed", 2**32), ("seed", 10**25)),
+        *(("name", ""), ("name", "../a"), ("name", "a\n"), ("name", "a" * 300)),
+    ],
+)
+def test_a_replicate_needs_a_seed_and_a_name_of_a_folder(field, value):
+    run = RunConfig()
+    (rep,) = presets.make_replicates(Config(run=RunConfig(recipes=("coupled",))), [2**32 - 1], {})
+    presets.check_replicate(run, rep)
+    with pytest.raises(UserError, match=field) as caught:
+        presets.check_replicate(run, dataclasses.replace(rep, **{field: value}))
+    assert "\n" not in str(caught.value)
 
 
 def test_warmup_may_end_at_the_boundary():

@@ -28,6 +28,16 @@ def test_a_member_of_a_family_carries_its_own_name():
     assert metric("decode/greedy_distinct_2").title == "greedy: distinct 2"
 
 
+def test_a_lower_loss_is_better_and_more_information_too():
+    """Differences of losses and a distance are losses; standard errors and entropies neither."""
+    better = {key: entry.better for key, entry in METRICS.items() if entry.better}
+    information = (metrics.MUTUAL_INFORMATION, metrics.HELD_OUT_MUTUAL_INFORMATION)
+    losses = (metrics.LOSS, metrics.HELD_OUT_LOSS, metrics.TRACK_LOSS, metrics.TRAIN_LOSS)
+    differences = (metrics.MINUS_UNIGRAM, metrics.MINUS_BIGRAM)
+    lower = (*losses, *differences, metrics.BITS_PER_BYTE, metrics.UNIGRAM_KL)
+    assert better == dict.fromkeys(lower, -1) | dict.fromkeys(information, 1)
+
+
 def test_an_unknown_key_names_the_nearest():
     with pytest.raises(KeyError, match=r"eval/los.*eval/loss\?"):
         metric("eval/los")

@@ -137,6 +137,15 @@ def test_logits_equal_a_numpy_transformer(layout, strength):
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * want.std())
 
 
+def test_an_output_bias_is_added_to_the_scaled_logits():
+    cfg, hyper = dataclasses.replace(SMALL["b158"], output_bias=True), Hyper(logit_scale=0.5)
+    params, tokens_BL = excited(cfg), tokens(cfg)
+    bias_V = params["output_bias"]
+    others = {name: part for name, part in params.items() if name != "output_bias"}
+    want = forward(SMALL["b158"])(others, tokens_BL, hyper) + bias_V
+    np.testing.assert_allclose(forward(cfg)(params, tokens_BL, hyper), want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("position", [0, 3, 7])
 def test_a_token_changes_logits_from_its_position_on_and_none_before(layout, position):

@@ -311,6 +311,12 @@ def test_the_end_of_text_is_found_where_it_is_said(tmp_path):
         assert ours.end_of_text == ours.ends[0] == end
 
 
+def test_tokenizers_that_end_documents_otherwise_have_different_keys(tmp_path):
+    ends = ("<|eot_id|>", "<|eom_id|>")
+    ours = [load(write_folder(tmp_path / e[2:5], llama3_like(), {"eos_token": e})) for e in ends]
+    assert ours[0].end_of_text != ours[1].end_of_text and ours[0].key != ours[1].key
+
+
 def test_what_is_saved_is_the_same_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 

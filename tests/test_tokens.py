@@ -152,6 +152,16 @@ def test_a_template_stands_around_every_document(tmp_path, text, monkeypatch):
     assert counts["tokens"] == len(tokens_N) and counts["documents"] == 2
 
 
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.int32)])
+def test_the_largest_token_fits_its_file(text, vocab_size, dtype):
+    small = tokenizer.load_tokenizer("bpe:300", "key", lambda: iter([LINES]))
+    last = vocab_size - 1
+    large = replace(small, key=str(vocab_size), vocab_size=vocab_size, close=(last,))
+    _, splits = corpus.open_corpus(text)
+    tokens_N, _ = tokens.cached_tokens("train", splits["train"], large)
+    assert tokens_N.dtype == dtype and tokens_N[-1] == last
+
+
 def test_loading_again_reads_the_cache(text, monkeypatch):
     first = data.load(text)
     forbid_encoding(monkeypatch)

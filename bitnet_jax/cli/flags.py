@@ -296,7 +296,7 @@ def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) ->
             arms = {rep.name: rep for rep in replicates}.values()
             replicates = [replace(rep, seed=seed) for rep in arms for seed in seeds]
         for rep in replicates:
-            presets.check_hyper(cfg.run, rep.hyper)
+            presets.check_replicate(cfg.run, rep)
     else:
         replicates = presets.make_replicates(cfg, seeds, hyper)
     workdir = args.workdir or Path("runs") / config.run_id(name, cfg, replicates)
