@@ -3,8 +3,8 @@
 Each module imports only from those before it:
 
 config -> presets -> metrics -> cache -> tokenizer -> documents -> corpus -> tokens -> data
--> reference -> quant -> model -> loss -> optim -> shrink -> collapse -> verdict -> sharding
--> train -> checkpoint -> hf_files -> hf_config -> hf_weights -> hf -> program -> restore
--> generate -> subject -> updates -> audit -> signatures -> causes -> checks -> inspection
--> log -> terminal -> charts -> page -> workdir -> recorder -> run
+-> reference -> quant -> model -> loss -> optim -> shrink -> collapse -> verdict -> log
+-> sharding -> train -> checkpoint -> hf_files -> hf_config -> hf_weights -> hf -> program
+-> restore -> generate -> subject -> updates -> audit -> signatures -> causes -> checks
+-> inspection -> terminal -> charts -> page -> workdir -> recorder -> run
 """
