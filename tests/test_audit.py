@@ -1,6 +1,7 @@
 """Each test of an audit measures what it says: closed forms, and faults that are put in."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -86,6 +87,21 @@ def test_a_token_moves_no_earlier_logit_unless_attention_sees_it(untied):
         leak = audit.causality(subject_of(untied))["future_leak"]
     jax.clear_caches()
     assert leak > 0.01
+
+
+def test_a_model_that_sees_one_token_ahead_leaks():
+    inputs_BL = jnp.arange(16).reshape(2, 8)
+
+    def leak(ahead):
+        return audit.causality(
+            SimpleNamespace(
+                held_out=SimpleNamespace(inputs=inputs_BL),
+                program=SimpleNamespace(cfg=SimpleNamespace(model=SimpleNamespace(vocab_size=16))),
+                logits=lambda x_BL: jax.nn.one_hot(jnp.roll(x_BL, -ahead, axis=1), 16),
+            )
+        )["future_leak"]
+
+    assert leak(0) == 0 and leak(1) > 1
 
 
 def test_straight_through_is_exact_and_formulas_alone_are_not():

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -136,6 +137,27 @@ def test_a_broken_start_fails_its_check(small, name):
 @pytest.mark.parametrize("name", BROKEN_NUMBERS)
 def test_wrong_numbers_fail_their_check(small, name):
     assert not getattr(checks, name)(checked(small, **BROKEN_NUMBERS[name])).passed
+
+
+@pytest.mark.parametrize(
+    ("logits", "passed"),
+    [
+        (lambda x_BL: jax.nn.one_hot(x_BL, 16), True),
+        (lambda x_BL: jax.nn.one_hot(jnp.roll(x_BL, -1, axis=1), 16), False),
+        (lambda x_BL: jnp.zeros((*x_BL.shape, 16)), False),
+    ],
+    ids=["its own token", "one token ahead", "no token"],
+)
+def test_a_causal_model_sees_its_own_token_and_none_ahead(logits, passed):
+    inputs_BL = jnp.arange(16).reshape(2, 8)
+    sizes = {"data": SimpleNamespace(seq_len=8), "model": SimpleNamespace(vocab_size=16)}
+    start = SimpleNamespace(
+        batch=SimpleNamespace(inputs=inputs_BL),
+        cfg=SimpleNamespace(**sizes),
+        subject=SimpleNamespace(logits=logits),
+        logits_BLV=logits(inputs_BL),
+    )
+    assert checks.causal(start).passed == passed
 
 
 def test_every_check_is_broken_by_a_test():
