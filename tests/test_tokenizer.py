@@ -259,6 +259,12 @@ def test_a_folder_encodes_as_its_own_tokenizer(tmp_path):
     assert ours.ends == (EOT, EOM)
 
 
+def test_special_tokens_are_text_again_after_a_prompt_that_spells_them(tmp_path):
+    ours = load(write_folder(tmp_path / "hf", llama3_like()))
+    assert EOT in ours.encode_prompt("hi<|eot_id|>", special=True)
+    assert EOT not in ours.encode_batch(["hi<|eot_id|>"])[0]
+
+
 def test_bytes_follow_the_special_flag(tmp_path):
     backend = llama3_like()
     ours = load(write_folder(tmp_path / "hf", backend))
