@@ -96,7 +96,7 @@ def render(workdir: Path, config: dict, rows: Rows, summary: dict) -> str:
         colors={name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)},
         headline=", ".join(f"{group['name']} {group['outcome']}" for group in groups),
         facts=_facts(config, rows, summary),
-        resume=None if _finished(config, summary) else f"train --workdir {workdir} --resume",
+        resume=None if summary.get("finished") else f"train --workdir {workdir} --resume",
         outcomes=groups,
         hero=[chart for chart in charts if chart[0] in HERO],
         charts=[chart for chart in charts if chart[0] not in HERO],
@@ -106,10 +106,6 @@ def render(workdir: Path, config: dict, rows: Rows, summary: dict) -> str:
         sections={k: _flat(config[k]) for k in ("model", "data", "optim", "run") if k in config},
         origin={k: _flat(config[k]) for k in ("corpus", "provenance") if config.get(k)},
     )
-
-
-def _finished(config, summary) -> bool:
-    return bool(summary.get("finished")) and summary.get("step", 0) >= config["run"]["steps"]
 
 
 def _facts(config, rows, summary):

@@ -380,6 +380,14 @@ def test_a_run_ends_with_a_line_per_replicate_and_the_page(capsys):
     assert err == f"failed: {text}\n"
 
 
+def test_the_last_good_checkpoint_is_the_one_before_the_failure(capsys, monkeypatch):
+    monkeypatch.setattr("bitnet_jax.checkpoint.kept_steps", lambda workdir: [5, 7, 10])
+    failure = {"step": 7, "what": "the loss", "lr": 0.1}
+    bad = ("coupled", 1, "nonfinite", {"loss": None, "unigram": 6.0}, failure)
+    assert command_train.tell(request("--workdir", "runs/x"), summary(bad)) == 1
+    assert "runs/x@5:0\n" in capsys.readouterr().err
+
+
 # Whole processes
 
 STARTS = """

@@ -256,6 +256,14 @@ def test_an_unfinished_run_says_where_it_is_and_how_to_go_on(tmp_path):
     assert "step 240 of 500" in text and f"train --workdir {workdir} --resume" in text
 
 
+def test_a_run_whose_replicates_all_failed_is_not_gone_on_with(tmp_path):
+    config = make_config()
+    workdir = make_workdir(tmp_path / "run", config, make_rows(config, until=240))
+    path = workdir / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 240, "finished": True}))
+    assert "--resume" not in page.write_page(workdir).read_text()
+
+
 def test_evidence_and_warnings_stand_above_the_charts_with_their_replicate(tmp_path):
     config = make_config(["published", "coupled"])
     rows = make_rows(config)

@@ -295,7 +295,8 @@ def abstract_chunk(cfg, n_rep=2):
     state = jax.eval_shape(init, hyper, shape((n_rep,), jnp.uint32))
     tracked = batch(n_rep) if d.track == "first_batch" else None
     small = batch(d.eval_batches)
-    evals = train.EvalData(small, small, tracked, shape((vocab,)), shape((vocab,)))
+    nats = shape((d.eval_batches, 2, d.batch_size, d.seq_len))
+    evals = train.EvalData(small, small, nats, tracked, shape((vocab,)), shape((vocab,)))
     tokens, ids = shape((999,), jnp.uint16), shape((n_rep, 3, d.batch_size), jnp.int32)
     windows = data.Windows(np.zeros(999, np.uint16), d.seq_len, 0, True, True)
     return train.make_train_chunk(cfg, windows), (state, hyper, evals, tokens, ids)
