@@ -1,6 +1,7 @@
-"""Eight virtual CPU devices, fast compiles, and a corpus small enough for tests."""
+"""Eight virtual CPU devices, compiled programs that tests share, and a corpus small enough."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import pytest
@@ -9,6 +10,12 @@ from bitnet_jax import presets
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
+# Many tests build the same programs, in several processes.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_compilation_cache_max_size", 1 << 30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")
