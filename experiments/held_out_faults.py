@@ -10,8 +10,8 @@ learning rates within 3 times of the recipe's. Written down before the first run
   the list is a wrong name.
 - A fault does harm when its held-out loss lies above the 95 % prediction interval of one more
   healthy run of its program. Of others nothing is asked; the table has them all.
-- False alarms: alarms of healthy runs. Verdicts of all are judged; triage looks at the first two
-  seeds of each rate in the faults' program, and at the first in the others.
+- False alarms: alarms of healthy runs. Verdicts of all are judged; triage looks at the first seed
+  of each rate and size, because it costs more than the run.
 - Run once, faults first, nothing changed afterwards.
 
 The text is the King James Bible of Debian's bible-kjv (4.38), public domain:
@@ -88,14 +88,13 @@ def planted_group(request: Request, wanted: list[Arm]) -> Group:
 def measure(run) -> dict[str, list]:
     """`causes` that triage names in the last checkpoint, best first, and the numbers it `measured`;
     None for the runs that it does not look at."""
-    with_faults = bool(run.replicates[0].hyper.extra)
-    looks, seams = (2, PLANTED) if with_faults else (1, STANDARD)
+    seams = PLANTED if run.replicates[0].hyper.extra else STANDARD
     built, starts = program.build(run.cfg, run.replicates[:1], seams), run.states_at(0)
-    named, measured, seen = [], [], Counter()
+    named, measured, seen = [], [], set()
     for i, replicate in enumerate(run.replicates):
-        seen[replicate.name] += 1
         numbers, findings = None, None
-        if seen[replicate.name] <= looks:
+        if replicate.name not in seen:
+            seen.add(replicate.name)
             hyper = config.stack_hypers([replicate])
             own = dataclasses.replace(built, replicates=[replicate], hyper=hyper)
             state, start = (
