@@ -2,7 +2,7 @@
 
 import jax
 
-from bitnet_jax import optim
+from bitnet_jax import optim, presets
 from bitnet_jax.train import Seams
 
 # Numbers of `Hyper.extra` for `optimizer`: with these it is the standard one.
@@ -36,3 +36,13 @@ def rates(factor: float) -> dict[str, float]:
     peak, end, last = 1.5e-3, 1e-3, 1.5e-6
     sound = {"lr_peak": peak, "lr_stage1_end": end, "lr_stage2_start": end, "lr_final": last}
     return {name: factor * rate for name, rate in sound.items()}
+
+
+def published_rates(factor: float) -> dict:
+    """The learning rates of the recipe `published` times a factor, at the arm's length."""
+
+    def rate(name):
+        return lambda cfg: factor * getattr(presets.RECIPES["published"](cfg.run.steps), name)
+
+    names = ("lr_peak", "lr_stage1_end", "lr_stage2_start", "lr_final")
+    return {name: rate(name) for name in names}

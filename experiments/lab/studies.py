@@ -33,8 +33,21 @@ BOOK_FILES = (
     "data.stripped_lines=false",
     "run.late_schedule=false",
 )
+# Of faults that came after triage, on a text that no threshold was chosen on.
+HELD_OUT = (
+    "model.d_model=96",
+    "model.n_layers=2",
+    "model.d_ff=192",
+    "model.vocab_size=1024",
+    "data.corpus=text:runs/kjv.txt",
+    "data.tokenizer=bpe:1024",
+    "data.seq_len=32",
+    "run.steps=300",
+    "run.save_every=300",
+)
 NARROW = ("model.d_model=64", "model.n_layers=2", "model.d_ff=128", "data.tokenizer=bpe:2048")
 STDLIB_TEXT, BOOKS_TEXT = "897b773f", "19da4209"  # of Python 3.11.7; sha256 of the files
+KJV_TEXT, LATER_STDLIB_TEXT = "c80364f4", "b7fe7151"  # bible-kjv 4.38; Python 3.11.7, read as now
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,9 @@ QUICK_TRACKED = Study(
     "quick", "quick", (*TRACKED, "model.vocab_size=2048", ENDS_MASKED), STDLIB_TEXT
 )
 QUICK_B158 = Study("quick", "quick", (*SIZE, "model.vocab_size=2048", ENDS_MASKED), STDLIB_TEXT)
-STUDIES = (FULL, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158)
+KJV = Study("King James", "quick", HELD_OUT, KJV_TEXT)
+KJV_STDLIB = Study("beside King James", "quick", HELD_OUT, LATER_STDLIB_TEXT)
+STUDIES = (FULL, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158, KJV, KJV_STDLIB)
 
 
 def named(identity: dict) -> Study | None:
