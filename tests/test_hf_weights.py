@@ -335,8 +335,13 @@ def test_the_card_of_a_run_has_the_loss_of_the_exported_step(tmp_path, monkeypat
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    described["metrics"] = log.seal(path)
-    monkeypatch.setattr(checkpoint, "load_config", lambda *_: described)
+
+    def load_config(workdir, step):
+        """As a checkpoint of `step` holds it, with the rows up to then."""
+        size = sum(len(json.dumps(row)) + 1 for row in rows if row["step"] <= step)
+        return described | {"metrics": log.seal(path, size)}
+
+    monkeypatch.setattr(checkpoint, "load_config", load_config)
     early, last = (convert.run_card(tmp_path, step, 1) for step in (5, 20))
     assert (early.loss, early.unigram, early.bigram) == (5.0, 5.5, 5.25)
     assert (last.loss, last.unigram, last.bigram) == (4.5, 5.75, 5.0)
