@@ -54,9 +54,9 @@ def run(
             check_same(workdir, settings, program.tokens.identity)
             path = workdir / "summary.json"
             if path.exists() and (summary := log.read_json(path)).get("finished"):
-                told = f"{workdir}: finished before at step {summary.get('step')}"
+                place = f"{workdir}: finished before at step {summary.get('step')}"
                 longer = {"run.steps": 2 * cfg.run.steps}
-                print(f"{told}; to train longer: {fork_command(workdir, longer)}")
+                print(f"{place}; to train longer: {fork_command(workdir, longer)}")
                 if steps := checkpoint.kept_steps(workdir):
                     restore.check_rows(workdir, steps[-1])
                 page.write_page(workdir)

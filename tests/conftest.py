@@ -1,12 +1,15 @@
 """Eight virtual CPU devices, compiled programs that tests share, and a corpus small enough."""
 
 import dataclasses
+import signal
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from bitnet_jax import presets
+from bitnet_jax.cli import flags, main
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -40,3 +43,22 @@ def tiny_config(folder):
     cfg = presets.preset("tiny")
     data = dataclasses.replace(cfg.data, corpus=f"text:{folder / 'corpus.txt'}")
     return dataclasses.replace(cfg, data=data)
+
+
+@pytest.fixture
+def bitnet(monkeypatch, capfd):
+    """Call `bitnet ARGUMENTS` in this process; returns status and both outputs."""
+    monkeypatch.setenv("XLA_FLAGS", flags.DETERMINISTIC)  # prepare() would leave it behind
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "none")  # and set its own
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def bitnet(*arguments):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+        return stop.value.code, *capfd.readouterr()
+
+    yield bitnet
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,30 +11,11 @@ import jax
 import pytest
 
 from bitnet_jax import config, presets, run
-from bitnet_jax.cli import COMMANDS, flags, main
+from bitnet_jax.cli import COMMANDS, flags
 from bitnet_jax.cli import train as command_train
 from bitnet_jax.config import Config, UserError
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def bitnet(monkeypatch, capfd):
-    """Call `bitnet ARGUMENTS` in this process; returns status and both outputs."""
-    monkeypatch.setenv("XLA_FLAGS", flags.DETERMINISTIC)  # prepare() would leave it behind
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "none")  # and set its own
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def bitnet(*arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(list(map(str, arguments)))
-        return stop.value.code, *capfd.readouterr()
-
-    yield bitnet
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 
 @pytest.fixture

@@ -4,14 +4,12 @@ import dataclasses
 import io
 import json
 import shutil
-import signal
 import sys
 
 import numpy as np
 import pytest
 
 from bitnet_jax import log, presets, program, restore, run
-from bitnet_jax.cli import flags, main
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +28,6 @@ def trained(tmp_path_factory, cache_folder):
         patch.setenv("BITNET_JAX_CACHE", str(cache_folder))
         run.run(cfg, presets.make_replicates(cfg, [0], {}), folder / "run")
         yield folder / "run", cfg
-
-
-@pytest.fixture
-def bitnet(monkeypatch, capfd):
-    """Call `bitnet ARGUMENTS` in this process; returns status and both outputs."""
-    monkeypatch.setenv("XLA_FLAGS", flags.DETERMINISTIC)  # prepare() would leave it behind
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "none")  # and set its own
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def bitnet(*arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(list(map(str, arguments)))
-        return stop.value.code, *capfd.readouterr()
-
-    yield bitnet
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 
 def last_evaluation(workdir, replicate):

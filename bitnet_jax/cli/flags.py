@@ -52,7 +52,8 @@ def guard(command: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except Stopped as stop:
-        status = fail("stopped", stop.exit_status)
+        # At once: threads that still compile do not survive the end of the interpreter.
+        os._exit(fail("stopped", stop.exit_status))
     except Exception as error:
         if (status := getattr(error, "exit_status", None)) is None:
             raise

@@ -44,17 +44,17 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> Namespace:
     """The command line; raises UserError for values that make no text."""
     parser = flags.Parser("bitnet generate", __doc__, any_bytes=True)
-    add, told = parser.add_argument, "(default: %(default)s)"
+    add, default = parser.add_argument, "(default: %(default)s)"
     flags.add_source(parser)
     add("--prompt", action="append", default=[], dest="prompts", help="may be repeated")
     add("--file", action="append", default=[], dest="files", type=Path, help="a prompt; as often")
     add("--special", action="store_true", help="special tokens in prompts are those tokens")
-    add("--tokens", type=int, default=64, help=f"new tokens {told}")
-    add("--temperature", type=float, default=0.0, help=f"0: the most likely token {told}")
-    add("--top-k", type=int, default=0, help=f"only the k most likely; 0: all {told}")
-    add("--top-p", type=float, default=1.0, help=f"only the most likely that reach p {told}")
-    add("--repetition-penalty", type=float, default=1.0, help=f"of tokens seen before {told}")
-    add("--seed", type=int, default=0, help=f"of the draws {told}")
+    add("--tokens", type=int, default=64, help=f"new tokens {default}")
+    add("--temperature", type=float, default=0.0, help=f"0: the most likely token {default}")
+    add("--top-k", type=int, default=0, help=f"only the k most likely; 0: all {default}")
+    add("--top-p", type=float, default=1.0, help=f"only the most likely that reach p {default}")
+    add("--repetition-penalty", type=float, default=1.0, help=f"of tokens seen before {default}")
+    add("--seed", type=int, default=0, help=f"of the draws {default}")
     add("--packed", action="store_true", help="keep ternary weights in 2 bits")
     args = parser.parse_args(argv)
 
@@ -109,11 +109,11 @@ def encode(tokenizer, prompts: list[str], n_new: int, context: int, special: boo
     for prompt, row in zip(prompts, rows, strict=True):
         if not len(row):
             raise UserError("the prompt is empty; give it at least one character")
-        told = f"prompt {prompt[:20]!r}...: {len(row)} tokens"
+        length = f"prompt {prompt[:20]!r}...: {len(row)} tokens"
         if len(row) > context:
-            raise UserError(f"{told}, but the model's context is {context}; give it less text")
+            raise UserError(f"{length}, but the model's context is {context}; give it less text")
         if len(row) + n_new > MOST:
-            raise UserError(f"{told} and --tokens {n_new} are more than {MOST}")
+            raise UserError(f"{length} and --tokens {n_new} are more than {MOST}")
     lengths_B = np.array([len(row) for row in rows], np.int32)
     padded = [np.pad(row, (0, lengths_B.max() - len(row))) for row in rows]
     return np.stack(padded), lengths_B

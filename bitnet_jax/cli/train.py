@@ -71,9 +71,9 @@ def tell(request: flags.Request, summary: dict) -> int:
         print(f"stopped at step {summary['step']} and saved: all replicates have collapsed")
     for entry in summary["replicates"]:
         loss, unigram = entry["held_out"]["loss"], entry["held_out"]["unigram"]
-        told = "nan" if loss is None else f"{loss:.3f}"
+        held_out = "nan" if loss is None else f"{loss:.3f}"
         print(
-            f"{entry['name']} seed {entry['seed']}: {entry['verdict']}, held-out {told} "
+            f"{entry['name']} seed {entry['seed']}: {entry['verdict']}, held-out {held_out} "
             f"(unigram {unigram:.3f})"
         )
     kept = checkpoint.kept_steps(request.workdir)
