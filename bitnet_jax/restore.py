@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import checkpoint, config, hf, log, optim, train
+from bitnet_jax import checkpoint, config, config_file, hf, log, optim, train
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program
 from bitnet_jax.tokenizer import Tokenizer, load_folder
@@ -58,7 +58,9 @@ def load_replicate(
     workdir: Path, step: int, index: int
 ) -> tuple[Config, Replicate, train.TrainState]:
     """Configuration, identity and state (NumPy) of one replicate of a checkpoint; UserError."""
-    cfg, replicates = config.from_json(checkpoint.load_config(workdir, step), f"{workdir}@{step}")
+    cfg, replicates = config_file.from_json(
+        checkpoint.load_config(workdir, step), f"{workdir}@{step}"
+    )
     one = jax.eval_shape(lambda: train.init_state(cfg, replicates[0].hyper, 0))
     state = checkpoint.restore_replicate(workdir, step, index, one)
     return cfg, replicates[index], jax.device_get(state)
@@ -66,7 +68,9 @@ def load_replicate(
 
 def load_replicates(workdir: Path, step: int) -> tuple[Config, list[Replicate], train.TrainState]:
     """Configuration, identities and states [R, ...] of a checkpoint, NumPy; raises UserError."""
-    cfg, replicates = config.from_json(checkpoint.load_config(workdir, step), f"{workdir}@{step}")
+    cfg, replicates = config_file.from_json(
+        checkpoint.load_config(workdir, step), f"{workdir}@{step}"
+    )
     states = jax.eval_shape(
         jax.vmap(lambda seed: train.init_state(cfg, replicates[0].hyper, seed)),
         np.zeros(len(replicates), np.uint32),

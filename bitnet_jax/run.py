@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, config, generate, log, page, restore
+from bitnet_jax import checkpoint, config, config_file, generate, log, page, restore
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program, build
 from bitnet_jax.recorder import Recorder
@@ -50,7 +50,7 @@ def run(
     try:
         with occupied(workdir, resume):
             program = build(cfg, replicates, seams)
-            settings = config.to_json(program.cfg, replicates)
+            settings = config_file.to_json(program.cfg, replicates)
             check_same(workdir, settings, program.tokens.identity)
             path = workdir / "summary.json"
             if path.exists() and (summary := log.read_json(path)).get("finished"):

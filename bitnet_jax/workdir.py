@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from bitnet_jax import config, log, optim
+from bitnet_jax import config, config_file, log, optim
 from bitnet_jax.config import UserError
 from bitnet_jax.program import Program
 
@@ -73,7 +73,7 @@ def check_same(workdir: Path, settings: dict, corpus: dict) -> None:
     if not path.exists():
         return
     tree = log.read_json(path)
-    saved = config.to_json(*config.from_json(tree, str(path)))
+    saved = config_file.to_json(*config_file.from_json(tree, str(path)))
     if differs := first_difference(_by_importance(saved), _by_importance(settings)):
         name, was, now = differs
         changed = f"{workdir}: was started with {name}={config.shown(was)}, not {config.shown(now)}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import checkpoint, config, presets, sharding, train
+from bitnet_jax import checkpoint, config, config_file, presets, sharding, train
 from bitnet_jax.config import RunConfig, UserError
 
 RUN = RunConfig(steps=50, checkpoint_every=20)
@@ -162,8 +162,8 @@ def test_a_checkpoint_is_complete_when_save_returns(tmp_path, wanted):
 def test_config_rebuilds_the_run(tmp_path):
     cfg = tiny_config(dtype="bfloat16")
     replicates = presets.make_replicates(cfg, [0, 3], {"lr_peak": 0.1})
-    save(tmp_path, {"w": jnp.zeros(1)}, 1, settings=config.to_json(cfg, replicates))
-    assert config.from_json(checkpoint.load_config(tmp_path, 1)) == (cfg, replicates)
+    save(tmp_path, {"w": jnp.zeros(1)}, 1, settings=config_file.to_json(cfg, replicates))
+    assert config_file.from_json(checkpoint.load_config(tmp_path, 1)) == (cfg, replicates)
 
 
 def test_missing_step_lists_the_others(saved, wanted, tmp_path):

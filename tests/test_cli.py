@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from bitnet_jax import config, presets, run
+from bitnet_jax import config, config_file, presets, run
 from bitnet_jax.cli import COMMANDS, flags
 from bitnet_jax.cli import train as command_train
 from bitnet_jax.config import Config, UserError
@@ -253,7 +253,7 @@ def saved(tmp_path):
     replicates = presets.make_replicates(cfg, [3], hyper)
     arm = dataclasses.replace(replicates[0], name="arm")
     path = tmp_path / "config.json"
-    tree = config.to_json(cfg, [arm, replicates[1]]) | {"provenance": {}, "n_params": 1}
+    tree = config_file.to_json(cfg, [arm, replicates[1]]) | {"provenance": {}, "n_params": 1}
     path.write_text(json.dumps(tree))
     return path, cfg, [arm, replicates[1]]
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from bitnet_jax import config, presets
+from bitnet_jax import config, config_file, presets
 from bitnet_jax.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, UserError
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
@@ -141,15 +141,15 @@ def test_every_preset_makes_valid_replicates_and_survives_json(name):
     cfg = presets.preset(name)
     replicates = presets.make_replicates(cfg, [0, 1], {})
     assert len(replicates) == 2 * len(cfg.run.recipes)
-    text = json.dumps(config.to_json(cfg, replicates))
-    assert config.from_json(json.loads(text)) == (cfg, replicates)
+    text = json.dumps(config_file.to_json(cfg, replicates))
+    assert config_file.from_json(json.loads(text)) == (cfg, replicates)
 
 
 def test_json_with_extra_keys_at_the_top_still_reads():
     cfg = presets.preset("tiny")
     replicates = presets.make_replicates(cfg, [3], {"lr_peak": 0.1})
-    tree = config.to_json(cfg, replicates) | {"versions": {"jax": "0"}}
-    assert config.from_json(tree) == (cfg, replicates)
+    tree = config_file.to_json(cfg, replicates) | {"versions": {"jax": "0"}}
+    assert config_file.from_json(tree) == (cfg, replicates)
 
 
 def with_extra(extra):
@@ -179,9 +179,9 @@ def with_extra(extra):
 )
 def test_damaged_json_is_refused_by_the_field(change, mentions):
     cfg = presets.preset("tiny")
-    tree = config.to_json(cfg, presets.make_replicates(cfg, [0], {}))
+    tree = config_file.to_json(cfg, presets.make_replicates(cfg, [0], {}))
     with pytest.raises(UserError) as caught:
-        config.from_json(change(tree), "saved.json")
+        config_file.from_json(change(tree), "saved.json")
     assert [part for part in mentions if part not in str(caught.value)] == []
 
 
@@ -288,10 +288,10 @@ def test_warmup_may_end_at_the_boundary():
 def test_run_id_is_the_name_and_a_digest_that_does_not_change():
     cfg = presets.preset("tiny")
     replicates = presets.make_replicates(cfg, [0], {})
-    name, digest = config.run_id("train", cfg, replicates).split("-")
+    name, digest = config_file.run_id("train", cfg, replicates).split("-")
     assert name == "train" and len(digest) == 8 and int(digest, 16) >= 0
-    again = config.from_json(json.loads(json.dumps(config.to_json(cfg, replicates))))
-    assert config.run_id("train", *again) == f"train-{digest}"
+    again = config_file.from_json(json.loads(json.dumps(config_file.to_json(cfg, replicates))))
+    assert config_file.run_id("train", *again) == f"train-{digest}"
 
 
 @pytest.mark.parametrize("name", config.HYPER_FIELDS)
@@ -300,7 +300,7 @@ def test_run_id_changes_with_every_hyper(name):
     (rep,) = presets.make_replicates(presets.override(cfg, ["run.recipes=published"])[0], [0], {})
     hyper = rep.hyper.replace(**{name: getattr(rep.hyper, name) + 1e-5})
     changed = dataclasses.replace(rep, hyper=hyper)
-    assert config.run_id("a", cfg, [changed]) != config.run_id("a", cfg, [rep])
+    assert config_file.run_id("a", cfg, [changed]) != config_file.run_id("a", cfg, [rep])
 
 
 def test_run_id_changes_with_seeds_and_static_configuration():
@@ -309,10 +309,10 @@ def test_run_id_changes_with_seeds_and_static_configuration():
     wider, _ = presets.override(cfg, ["model.d_ff=65"])
     longer, _ = presets.override(cfg, ["run.steps=21"])
     ids = {
-        config.run_id("a", cfg, replicates),
-        config.run_id("a", wider, replicates),
-        config.run_id("a", cfg, presets.make_replicates(cfg, [1], {})),
-        config.run_id("a", longer, presets.make_replicates(longer, [0], {})),
+        config_file.run_id("a", cfg, replicates),
+        config_file.run_id("a", wider, replicates),
+        config_file.run_id("a", cfg, presets.make_replicates(cfg, [1], {})),
+        config_file.run_id("a", longer, presets.make_replicates(longer, [0], {})),
     }
     assert len(ids) == 4
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from lab_rows import make_rows
 
-from bitnet_jax import checkpoint, config, log, optim, presets, program, restore
+from bitnet_jax import checkpoint, config_file, log, optim, presets, program, restore
 from bitnet_jax.config import RunConfig, UserError
 from bitnet_jax.metrics import LOSS
 from experiments import fork_transition as study
@@ -137,7 +137,7 @@ def test_a_reset_starts_from_new_moments_and_the_old_schedule(trained):
     run = dataclasses.replace(
         request.cfg.run, init=f"fork:{source}@{BOUNDARY}", reset_optimizer=True
     )
-    _, replicates = config.from_json(json.loads((source / "config.json").read_text()))
+    _, replicates = config_file.from_json(json.loads((source / "config.json").read_text()))
     built = program.build(dataclasses.replace(request.cfg, run=run), replicates)
     state, step = restore.start_state(built, source.parent / "nowhere")
     saved = checkpoint.restore(source, BOUNDARY, built.abstract_state)

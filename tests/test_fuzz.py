@@ -14,7 +14,7 @@ from dataclasses import fields
 import pytest
 from test_hf_config import ODD, mutate
 
-from bitnet_jax import config, presets, tokenizer
+from bitnet_jax import config, config_file, presets, tokenizer
 from bitnet_jax.cli import flags, generate
 from bitnet_jax.config import SECTIONS, UserError
 
@@ -64,9 +64,9 @@ def test_any_assignments_make_a_configuration_or_one_line():
             verbose=False,
         )
         request = flags.resolve(args, "train")
-        tree = config.to_json(request.cfg, request.replicates)
+        tree = config_file.to_json(request.cfg, request.replicates)
         assert all_finite(tree), words
-        assert config.from_json(json.loads(json.dumps(tree)))[0] == request.cfg
+        assert config_file.from_json(json.loads(json.dumps(tree)))[0] == request.cfg
 
     went_well, refused = outcomes((case() for _ in range(CASES)), attempt)
     assert min(went_well, refused) > CASES / 20
@@ -75,7 +75,7 @@ def test_any_assignments_make_a_configuration_or_one_line():
 def test_any_config_json_is_read_or_one_line():
     rng = random.Random(2)
     cfg = presets.preset("tiny")
-    tree = config.to_json(cfg, presets.make_replicates(cfg, [0], {}))
+    tree = config_file.to_json(cfg, presets.make_replicates(cfg, [0], {}))
 
     def changed():
         new = mutate(rng, tree)
@@ -85,7 +85,7 @@ def test_any_config_json_is_read_or_one_line():
         return new
 
     def attempt(new):
-        assert all_finite(config.to_json(*config.from_json(new, "config.json"))), new
+        assert all_finite(config_file.to_json(*config_file.from_json(new, "config.json"))), new
 
     _, refused = outcomes((changed() for _ in range(CASES)), attempt)
     assert refused > CASES / 20

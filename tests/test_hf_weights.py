@@ -25,7 +25,7 @@ from hf_models import (
 
 from bitnet_jax import (
     checkpoint,
-    config,
+    config_file,
     generate,
     hf,
     hf_files,
@@ -321,7 +321,7 @@ def test_a_model_card_tells_the_facts_that_are_known(tmp_path):
 def test_the_card_of_a_run_has_the_loss_of_the_exported_step(tmp_path, monkeypatch):
     """Of the large block where there is one, beside the predictors on the same positions."""
     cfg = presets.preset("tiny")
-    described = config.to_json(cfg, presets.make_replicates(cfg, [4], {})) | {
+    described = config_file.to_json(cfg, presets.make_replicates(cfg, [4], {})) | {
         "references": {"unigram": {"loss": 5.5}, "bigram": {"loss": 5.25}},
         "corpus": {"source": "text:a", "sha256": "00ff"},
         "provenance": {"git_commit": None},

@@ -7,7 +7,7 @@ import pytest
 from bitnet_jax import (
     audit,
     checkpoint,
-    config,
+    config_file,
     inspection,
     model,
     presets,
@@ -30,7 +30,7 @@ def workdir(tiny, tmp_path):
     cfg, _ = presets.override(tiny, ["run.recipes=published", "run.steps=20", "run.eval_every=5"])
     replicates = presets.make_replicates(cfg, [3], {})
     built = program.build(cfg, replicates)
-    settings = config.to_json(built.cfg, replicates)
+    settings = config_file.to_json(built.cfg, replicates)
     folder = tmp_path / "run"
     states = {5: built.init().replace(step=np.array([5], np.int32))}
     params = jax.tree.map(np.array, states[5].params)

@@ -18,7 +18,17 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bitnet_jax import checkpoint, config, log, optim, presets, restore, run, verdict, workdir
+from bitnet_jax import (
+    checkpoint,
+    config_file,
+    log,
+    optim,
+    presets,
+    restore,
+    run,
+    verdict,
+    workdir,
+)
 from bitnet_jax import program as programs
 from bitnet_jax.cli import flags
 from bitnet_jax.config import UserError
@@ -117,7 +127,7 @@ def test_workdir_of_a_finished_run(cfg, finished):
     assert (summary["step"], summary["finished"]) == (STEPS, True)
     assert [r["name"] for r in summary["replicates"]] == ["coupled", "published"]
     described = json.loads((workdir / "config.json").read_text())
-    written, replicates = config.from_json(described)
+    written, replicates = config_file.from_json(described)
     assert replicates == replicates_of(cfg)
     assert written == programs.resolve_vocab(cfg, 300)
     assert {"provenance", "corpus", "references", "n_params", "decay_table"} <= set(described)
@@ -623,7 +633,7 @@ class Command:
     def state(self):
         step = checkpoint.kept_steps(self.workdir)[-1]
         assert step == 180
-        cfg, replicates = config.from_json(checkpoint.load_config(self.workdir, step))
+        cfg, replicates = config_file.from_json(checkpoint.load_config(self.workdir, step))
         return jax.device_get(
             checkpoint.restore(self.workdir, step, programs.build(cfg, replicates).abstract_state)
         )

@@ -73,11 +73,11 @@ def run_card(workdir: Path, step: int, index: int | None):
     The loss is that of the large block where the step has one, beside the predictors on the same
     positions.
     """
-    from bitnet_jax import checkpoint, config, hf, metrics, restore
+    from bitnet_jax import checkpoint, config_file, hf, metrics, restore
 
     index = index or 0
     described = checkpoint.load_config(workdir, step)
-    cfg, replicates = config.from_json(described, f"{workdir}@{step}")
+    cfg, replicates = config_file.from_json(described, f"{workdir}@{step}")
     rows = restore.evaluations(workdir, step, index)
     row, losses = rows[-1] if rows and rows[-1]["step"] == step else {}, {}
     if metrics.HELD_OUT_LOSS in row:

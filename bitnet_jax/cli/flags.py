@@ -286,7 +286,7 @@ def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) ->
     `changes` are assignments that an experiment makes before the user's; `name` begins the name of
     the default workdir.
     """
-    from bitnet_jax import config, presets
+    from bitnet_jax import config_file, presets
 
     cfg, listed = _base(args)
     cfg, hyper = presets.override(cfg, [*changes, *args.assignments])
@@ -300,7 +300,7 @@ def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) ->
             presets.check_replicate(cfg.run, rep)
     else:
         replicates = presets.make_replicates(cfg, seeds, hyper)
-    workdir = args.workdir or Path("runs") / config.run_id(name, cfg, replicates)
+    workdir = args.workdir or Path("runs") / config_file.run_id(name, cfg, replicates)
     seeds = list(dict.fromkeys(rep.seed for rep in replicates))
     flags = (args.resume, args.dry_run, args.verbose)
     return Request(args.preset, cfg, seeds, hyper, replicates, workdir, *flags)
@@ -308,7 +308,7 @@ def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) ->
 
 def _base(args) -> "tuple[Config, list[Replicate]]":
     """The preset, changed as --config says, and the replicates that its file lists."""
-    from bitnet_jax import config, log, presets
+    from bitnet_jax import config_file, log, presets
     from bitnet_jax.config import check_known
 
     cfg = presets.preset(args.preset)
@@ -318,11 +318,11 @@ def _base(args) -> "tuple[Config, list[Replicate]]":
     if "provenance" not in tree:  # not from a workdir: every key counts
         for key in tree:
             check_known(key, (*SECTIONS, "replicates"), f"key in {source}:")
-    base = config.to_json(cfg, presets.make_replicates(cfg, [0], {}))
+    base = config_file.to_json(cfg, presets.make_replicates(cfg, [0], {}))
     for key in (*SECTIONS, "replicates"):
         part = tree.get(key, base[key])
         base[key] = base[key] | part if isinstance(part, dict) and key in SECTIONS else part
-    cfg, replicates = config.from_json(base, source)
+    cfg, replicates = config_file.from_json(base, source)
     return cfg, replicates if "replicates" in tree else []
 
 
@@ -354,8 +354,8 @@ def describe_fields(args) -> str:
             lines.append(f"  {section}.{field.name}={value}\n      {text}")
     for field in (f for f in fields(config.Hyper) if f.name in config.HYPER_FIELDS):
         values = {rep.name: f"{getattr(rep.hyper, field.name):g}" for rep in replicates}
-        told = " ".join(f"{value} ({name})" for name, value in values.items())
+        listing = " ".join(f"{value} ({name})" for name, value in values.items())
         if len(set(values.values())) == 1:
-            told = values[replicates[0].name]
-        lines.append(f"  hyper.{field.name}={told}\n      {field.metadata['help']}")
+            listing = values[replicates[0].name]
+        lines.append(f"  hyper.{field.name}={listing}\n      {field.metadata['help']}")
     return "\n".join(lines)

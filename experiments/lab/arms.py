@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from bitnet_jax import config, data, log, presets, program, run, train
+from bitnet_jax import config, config_file, data, log, presets, program, run, train
 from bitnet_jax.config import Config, Replicate, UserError, check_known
 from bitnet_jax.train import STANDARD, Seams
 from experiments.lab import rows
@@ -131,7 +131,7 @@ def train_group(
 
 def place(request: Request, group: Group) -> Path:
     """The workdir of a group."""
-    return request.workdir / config.run_id(request.name, group.cfg, group.replicates)
+    return request.workdir / config_file.run_id(request.name, group.cfg, group.replicates)
 
 
 def groups(request: Request, arms: list[Arm]) -> list[Group]:

@@ -9,7 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, config, data, log, recorder, reference, restore, train, verdict
+from bitnet_jax import (
+    checkpoint,
+    config,
+    config_file,
+    data,
+    log,
+    recorder,
+    reference,
+    restore,
+    train,
+    verdict,
+)
 from bitnet_jax.config import UserError
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS, MUTUAL_INFORMATION, TRAIN_LOSS
 from experiments.lab.rows import without_folders
@@ -34,7 +45,7 @@ class Finished:
     def __init__(self, workdir: Path):
         self.workdir = Path(workdir)
         self.config = json.loads((self.workdir / "config.json").read_text())
-        self.cfg, self.replicates = config.from_json(self.config)
+        self.cfg, self.replicates = config_file.from_json(self.config)
         self.references = self.config["references"]
         self.summary = json.loads((self.workdir / "summary.json").read_text())
         logged = log.read_rows(self.workdir / "metrics.jsonl")
