@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from bitnet_jax import hosts
 from bitnet_jax.config import RunConfig, UserError
 
 MANIFEST = "manifest.json"  # checksums of a checkpoint's files, written last
@@ -25,9 +26,10 @@ def open_manager(workdir: Path, run: RunConfig) -> ocp.CheckpointManager:
     Steps whose save was cut off are removed, so that they can be written again.
     """
     folder = workdir.absolute() / "checkpoints"
-    if folder.is_dir():
+    if hosts.is_first() and folder.is_dir():
         for step in set(ocp.utils.checkpoint_steps(folder)) - set(kept_steps(workdir)):
             shutil.rmtree(folder / str(step))
+    hosts.wait("checkpoints are tidied")
     policy = keep.AnyPreservationPolicy(
         [
             keep.LatestN(2),
@@ -56,9 +58,12 @@ def save(manager: ocp.CheckpointManager, step: int, state, config: dict) -> None
         if "RESOURCE_EXHAUSTED" not in str(error):  # how tensorstore names a full disk
             raise
         raise UserError(f"{folder}: not saved, the disk is full; free space and resume") from error
-    temporary = folder / f"{MANIFEST}.tmp"  # a half-written manifest would count
-    temporary.write_text(json.dumps(_checksums(folder)))
-    os.replace(temporary, folder / MANIFEST)
+    hosts.wait(f"step {step} is saved")
+    if hosts.is_first():
+        temporary = folder / f"{MANIFEST}.tmp"  # a half-written manifest would count
+        temporary.write_text(json.dumps(_checksums(folder)))
+        os.replace(temporary, folder / MANIFEST)
+    hosts.wait(f"step {step} counts")
 
 
 def kept_steps(workdir: Path) -> list[int]:

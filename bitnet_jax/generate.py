@@ -79,7 +79,8 @@ def begin(cfg: Config, params, hyper, prompts_BP, lengths_B, n_new: int, seed: i
             key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, row_B),
         )
 
-    return jax.vmap(one)(params, hyper, jnp.arange(hyper.logit_scale.shape[0]))
+    replicates = jnp.arange(hyper.logit_scale.shape[0])
+    return jax.vmap(one, spmd_axis_name="replicate")(params, hyper, replicates)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -114,7 +115,7 @@ def extend(
         decoding, tokens_NB = jax.lax.scan(step, decoding, length=n)
         return decoding, tokens_NB.T
 
-    return jax.vmap(one)(params, hyper, decoding)
+    return jax.vmap(one, spmd_axis_name="replicate")(params, hyper, decoding)
 
 
 def choose(logits_BV, seen_BV, key_B, sampling: Sampling) -> jax.Array:

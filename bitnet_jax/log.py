@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitnet_jax import hosts
 from bitnet_jax.config import Replicate, UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
@@ -170,7 +171,7 @@ def _parse(path, number, line) -> dict:
 class Metrics:
     """metrics.jsonl and TensorBoard; rows after `step` (left by an interrupted run) are dropped.
 
-    `rows` are those kept of an interrupted run.
+    `rows` are those kept of an interrupted run. Only the first process writes.
     """
 
     def __init__(self, workdir: Path, step: int, replicates: list[Replicate]):
@@ -186,10 +187,13 @@ class Metrics:
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(replicates):  # cut off while the first rows were written
             kept = []
+        self.rows, self.boards = kept, []
+        hosts.wait("rows are read")
+        if not hosts.is_first():
+            return
         temporary = self.path.with_name("metrics.jsonl.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, self.path)
-        self.rows = kept
         self.file = self.path.open("a")
         self.boards = [
             SummaryWriter(str(workdir / "tb" / f"{i}-{r.name}-{r.seed}"), purge_step=step + 1)
@@ -198,6 +202,8 @@ class Metrics:
 
     def write(self, rows: list[dict]) -> None:
         """Append rows, at once for a reader and for a killed process."""
+        if not self.boards:
+            return
         from tensorboardX.proto.summary_pb2 import Summary
 
         self.file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -212,6 +218,7 @@ class Metrics:
             board.add_summary(Summary(value=values), row["step"])  # one event for all its numbers
 
     def close(self) -> None:
-        self.file.close()
+        if self.boards:
+            self.file.close()
         for board in self.boards:
             board.close()

@@ -29,6 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax import quant
 from bitnet_jax.config import Hyper, ModelConfig, UserError
+from bitnet_jax.sharding import split_batch
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -237,7 +238,8 @@ class Block(nn.Module):
             h_BLD, hyper, position_BL
         )
         h_BLD = RMSNorm(self.cfg, name="ffn_norm")(x_BLD)
-        return x_BLD + FeedForward(self.cfg, self.quantize_weight, name="ffn")(h_BLD, hyper)
+        y_BLD = FeedForward(self.cfg, self.quantize_weight, name="ffn")(h_BLD, hyper)
+        return split_batch(x_BLD + y_BLD)
 
 
 class Transformer(nn.Module):
@@ -254,7 +256,7 @@ class Transformer(nn.Module):
         cfg = self.cfg
         shape = (cfg.vocab_size, cfg.d_model)
         embed = nn.Embed(*shape, embedding_init=embedding_init(cfg), name="embed")
-        x_BLD = embed(tokens_BL).astype(cfg.dtype)
+        x_BLD = split_batch(embed(tokens_BL).astype(cfg.dtype))
         for i in range(cfg.n_layers):
             x_BLD = Block(cfg, self.quantize_weight, name=f"block_{i}")(x_BLD, hyper, position_BL)
         x_BLD = RMSNorm(cfg, name="final_norm")(x_BLD)

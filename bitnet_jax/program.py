@@ -31,7 +31,7 @@ class Program:
 
     def init(self) -> train.TrainState:
         """All replicates at step 0, created where they live."""
-        seeds = jnp.array([r.seed for r in self.replicates], jnp.uint32)
+        seeds = np.array([r.seed for r in self.replicates], np.uint32)
         init = jax.jit(self._init, out_shardings=self.state_sharding)
         return init(self.hyper, seeds, self.evals.unigram_V)
 
@@ -73,13 +73,15 @@ class Program:
     @functools.cached_property
     def evaluate(self):
         """state -> eval numbers."""
-        compiled = jax.jit(train.make_eval(self.cfg, self.seams))
+        everywhere = sharding.replicated(self.mesh)
+        compiled = jax.jit(train.make_eval(self.cfg, self.seams), out_shardings=everywhere)
         return lambda state: compiled(state, self.hyper, self.evals)
 
     @functools.cached_property
     def evaluate_large(self):
         """state -> numbers of the large block."""
-        compiled = jax.jit(train.make_large_eval(self.cfg, self.seams))
+        everywhere = sharding.replicated(self.mesh)
+        compiled = jax.jit(train.make_large_eval(self.cfg, self.seams), out_shardings=everywhere)
         return lambda state: compiled(state, self.hyper, self.evals)
 
     def batches(self, start: int, end: int):
@@ -91,8 +93,24 @@ class Program:
         ids_RKB = np.stack(
             [data.window_ids(cfg, n, rep.seed, start, end) for rep in self.replicates]
         )
-        batches = self.windows.cut(ids_RKB) if self.train_N is None else ids_RKB
-        return jax.device_put(batches, sharding.by_replicate(self.mesh))
+        if self.train_N is not None:
+            return sharding.put(ids_RKB, sharding.by_replicate(self.mesh))
+        return self._cut_here(ids_RKB)
+
+    def _cut_here(self, ids_RKB: np.ndarray) -> data.Batch:
+        """The windows as a Batch of which each process cuts what its devices need."""
+        placement = sharding.batches(self.mesh)
+        cut = functools.cache(lambda key: self.windows.cut(ids_RKB[tuple(slice(*k) for k in key)]))
+
+        def field(name):
+            def part(index):
+                rows = tuple(i.indices(n) for i, n in zip(index, ids_RKB.shape, strict=False))
+                return getattr(cut(rows), name)
+
+            shape = (*ids_RKB.shape, self.cfg.data.seq_len)
+            return jax.make_array_from_callback(shape, placement, part)
+
+        return data.Batch(field("inputs"), field("targets"), field("weights"))
 
 
 def resolve_vocab(cfg: Config, vocab_size: int) -> Config:
@@ -129,10 +147,10 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
         tokens,
         references,
         mesh,
-        jax.device_put(config.stack_hypers(replicates), sharding.by_replicate(mesh)),
-        jax.device_put(evals, everywhere),
+        sharding.put(config.stack_hypers(replicates), sharding.by_replicate(mesh)),
+        sharding.put(evals, everywhere),
         windows,
-        jax.device_put(np.asarray(tokens.train_N), everywhere) if on_device else None,
+        sharding.put(tokens.train_N, everywhere) if on_device else None,
     )
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import config, log, metrics, optim, terminal, verdict
+from bitnet_jax import config, hosts, log, metrics, optim, terminal, verdict
 from bitnet_jax.program import Program
 from bitnet_jax.train import TrainState
 
@@ -24,7 +25,9 @@ class Recorder:
         reps, cfg = program.replicates, program.cfg
         self.metrics = log.Metrics(workdir, step, reps)
         tokens = len(reps) * cfg.data.batch_size * cfg.data.seq_len
-        self.progress = terminal.Progress(reps, step, cfg.run.steps, tokens)
+        self.progress = terminal.Progress(
+            reps, step, cfg.run.steps, tokens, silent=not hosts.is_first()
+        )
         self.judges = [verdict.Judge(program.references) for _ in reps]
         self.sum_lr = [rate_sum(rep.hyper, cfg.run) for rep in reps]
         self.verdicts: dict[int, verdict.Verdict] = {}
@@ -56,7 +59,7 @@ class Recorder:
         if self.pending:
             step, trained, evaluated = self.pending
             self.pending = None
-            self.write(step, state, *jax.device_get((trained, evaluated)))
+            self.write(step, state, *hosts.fetch((trained, evaluated)))
 
     def write(self, step: int, state: TrainState, trained: dict, evaluated: dict) -> None:
         """Write and show the rows of a step; a replicate that fails gets a last one."""
@@ -149,6 +152,12 @@ def rate_sum(hyper: config.Hyper, run: config.RunConfig):
     return total
 
 
+@jax.jit
+def magnitudes(params):
+    """The largest magnitude of every parameter, [R] each."""
+    return jax.tree.map(lambda x: jnp.abs(x).max(axis=range(1, x.ndim)), params)
+
+
 def describe_failure(program, state, i: int, end: int, trained, evaluated) -> dict | None:
     """Step, tensor and learning rate of the first update of replicate i that was not finite.
 
@@ -160,7 +169,8 @@ def describe_failure(program, state, i: int, end: int, trained, evaluated) -> di
     if not step and np.isfinite(evaluated[metrics.LOSS][i]):
         return None
     names = [optim.path_name(path) for path, _ in jax.tree.leaves_with_path(state.params)]
-    sizes = [float(np.abs(np.asarray(x[i])).max()) for x in jax.tree.leaves(state.params)]
+    sizes_R = hosts.fetch(magnitudes(state.params))
+    sizes = [float(x[i]) for x in jax.tree.leaves(sizes_R)]
     infinite = [name for name, size in zip(names, sizes, strict=True) if not np.isfinite(size)]
     what = "the held-out loss"
     if step:

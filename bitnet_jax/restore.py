@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import checkpoint, config, config_file, hf, log, optim, train
+from bitnet_jax import checkpoint, config, config_file, hf, log, optim, sharding, train
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program
 from bitnet_jax.tokenizer import Tokenizer, load_folder
@@ -160,7 +160,7 @@ def fork_state(program: Program, source: str) -> tuple[train.TrainState, int]:
     state = checkpoint.restore_replicate(folder, step, index, one)
     n_rep = len(program.replicates)
     copies = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), state)
-    return jax.device_put(copies, program.state_sharding), step
+    return jax.tree.map(sharding.put, copies, program.state_sharding), step
 
 
 def imported_state(program: Program, folder: Path) -> train.TrainState:
@@ -190,5 +190,8 @@ def imported_state(program: Program, folder: Path) -> train.TrainState:
         return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), tree)
 
     norms = train.group_norms(params, groups)
-    state = program.init().replace(params=replicated(params), init_norm=replicated(norms))
-    return jax.device_put(state, program.state_sharding)
+    where = program.state_sharding
+    return program.init().replace(
+        params=jax.tree.map(sharding.put, replicated(params), where.params),
+        init_norm=jax.tree.map(sharding.put, replicated(norms), where.init_norm),
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, config, config_file, generate, log, page, restore
+from bitnet_jax import checkpoint, config, config_file, generate, hosts, log, page, restore
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program, build
 from bitnet_jax.recorder import Recorder
@@ -59,12 +59,17 @@ def run(
                 print(f"{place}; to train longer: {fork_command(workdir, longer)}")
                 if steps := checkpoint.kept_steps(workdir):
                     restore.check_rows(workdir, steps[-1])
-                page.write_page(workdir)
+                if hosts.is_first():
+                    page.write_page(workdir)
                 return summary
             # float32 means float32: else a TPU multiplies it in bfloat16 and a GPU in TF32.
             precision = "float32" if program.cfg.model.dtype == "float32" else "default"
             with jax.set_mesh(program.mesh), jax.default_matmul_precision(precision):
                 return _train(program, settings, workdir, stop_when_collapsed)
+    except jax.errors.JaxRuntimeError as error:
+        if hosts.several():
+            raise hosts.Lost(f"another process has ended; --resume goes on: {error}") from error
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise UserError(f"{workdir}: cannot write: {error.strerror}") from error
@@ -98,8 +103,10 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
                 "tokens_per_second": round(recorder.progress.tokens_per_second, 1),
                 "replicates": [a | b for a, b in zip(recorder.outcomes(), decoded, strict=True)],
             }
-            log.write_json(workdir / "summary.json", summary)
-            page.write_page(workdir)
+            if hosts.is_first():
+                log.write_json(workdir / "summary.json", summary)
+                page.write_page(workdir)
+            hosts.wait("the page is written")
         except KeyboardInterrupt as stop:
             text = f"stopped after step {step}, before the page was written, and saved"
             raise Interrupted(text, getattr(stop, "signum", signal.SIGINT)) from None
@@ -112,7 +119,7 @@ def _loop(program, state, start: int, recorder, save, stop_when_collapsed) -> tu
     with _signals() as received, ThreadPoolExecutor(max_workers=1) as prefetch:
         if not recorder.resumed:
             with compiling("the evaluation"):
-                evaluated = jax.device_get(program.evaluate(state))
+                evaluated = hosts.fetch(program.evaluate(state))
             recorder.write(start, state, {}, evaluated)
 
         def fetch(step):
@@ -130,12 +137,13 @@ def _loop(program, state, start: int, recorder, save, stop_when_collapsed) -> tu
                     evaluated = evaluated | program.evaluate_large(state)
             step, batches = end, fetch(end)
             recorder.expect(step, state, trained, evaluated)
-            if received or recorder.over(stop_when_collapsed) or is_save_step(run, step):
+            stop = hosts.greatest(received[0] if received else 0)
+            if stop or recorder.over(stop_when_collapsed) or is_save_step(run, step):
                 recorder.flush(state)
                 if not recorder.all_failed:
                     save(step, state)
-            if received and step < run.steps:
-                raise Interrupted(f"stopped at step {step} and saved", received[0])
+            if stop and step < run.steps:
+                raise Interrupted(f"stopped at step {step} and saved", stop)
     return state, step
 
 
@@ -190,8 +198,8 @@ def continuations(program: Program, state: TrainState) -> list[dict]:
         end_of_text=end,
     )
     greedy = generate.Sampling(n_tokens=tokenizer.vocab_size)
-    greedy_RBN = jax.device_get(decode(sampling=greedy))
-    sampled_RBN = jax.device_get(decode(sampling=greedy.replace(temperature=1.0)))
+    greedy_RBN = hosts.fetch(decode(sampling=greedy))
+    sampled_RBN = hosts.fetch(decode(sampling=greedy.replace(temperature=1.0)))
     entries = []
     for i in range(len(program.replicates)):
         kinds = {

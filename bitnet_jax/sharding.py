@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,11 +32,16 @@ def make_mesh(n_replicates: int, batch_size: int, devices: list | None = None) -
 
 
 def leaf_spec(shape: tuple[int, ...], n_data: int) -> P:
-    """Leading axis over `replicate`; of large leaves the largest divisible axis over `data`."""
+    """Leading axis over `replicate`; of large leaves the largest axis over `data`, if it divides.
+
+    No smaller axis in its place: an embedding [V, D] that was split along D would be multiplied in
+    parts, and the logits of the whole batch summed over all devices.
+    """
     spec: list[str | None] = ["replicate"] + [None] * (len(shape) - 1)
-    divisible = [i for i in range(1, len(shape)) if shape[i] % n_data == 0]
-    if divisible and math.prod(shape[1:]) >= MIN_SHARDED:
-        spec[max(divisible, key=lambda i: shape[i])] = "data"
+    if math.prod(shape[1:]) >= MIN_SHARDED:
+        largest = max(range(1, len(shape)), key=lambda i: shape[i])
+        if shape[largest] % n_data == 0:
+            spec[largest] = "data"
     return P(*spec)
 
 
@@ -55,8 +61,29 @@ def by_replicate(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P("replicate"))
 
 
+def put(tree, sharding: NamedSharding):
+    """The arrays of a tree, the same in every process, as `sharding` places them."""
+
+    def place(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)
+
+
+def batches(mesh: Mesh) -> NamedSharding:
+    """Arrays [R, K, B, ...] of batches: replicates and rows where they are needed."""
+    return NamedSharding(mesh, P("replicate", None, "data"))
+
+
 def split_batch(batch):
-    """Split the leading axis of a replicate's batch over the `data` axis of the mesh, if any."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Split the leading axis of arrays over the `data` axis of the mesh, where it divides them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return batch
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P("data")), batch)
+
+    def split(x):
+        even = x.shape[0] % mesh.shape["data"] == 0
+        return jax.lax.with_sharding_constraint(x, P("data")) if even else x
+
+    return jax.tree.map(split, batch)

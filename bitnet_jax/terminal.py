@@ -42,8 +42,11 @@ class Progress:
     when it is first met.
     """
 
-    def __init__(self, replicates: Sequence, step: int, steps: int, tokens: int):
+    def __init__(
+        self, replicates: Sequence, step: int, steps: int, tokens: int, silent: bool = False
+    ):
         """`replicates` have a name and a seed; `tokens` are those of a step of all of them."""
+        self.silent = silent
         self.labels = [f"{rep.name} {rep.seed}" for rep in replicates]
         self.step, self.steps, self.tokens = step, steps, tokens
         self.done, self.seconds, self.since = 0, 0.0, None
@@ -61,10 +64,10 @@ class Progress:
         self.compiled.add(what)
         began = time.monotonic()
         self.end_line()
-        print(f"compiling {what} ...", end="", file=sys.stderr, flush=True)
+        self._print(f"compiling {what} ...", end="")
         yield
         took = time.monotonic() - began
-        print(f" {took:.1f} s", file=sys.stderr, flush=True)
+        self._print(f" {took:.1f} s")
         if self.since is not None:
             self.since += took
 
@@ -87,7 +90,7 @@ class Progress:
             where = ", ".join(self.labels[i] for i in replicates)
             if len(text) + len(where) > NARROW:
                 where = f"{len(replicates)} replicates"
-            print(f"step {step}: {text} ({where})", file=sys.stderr)
+            self._print(f"step {step}: {text} ({where})")
         self._show()
 
     def _new_warnings(self, evals: list[dict]) -> dict[str, list[int]]:
@@ -106,14 +109,14 @@ class Progress:
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
             text = progress_line(self.labels, self.states, self._place(), width)
-            print("\r" + text.ljust(width), end="", file=sys.stderr, flush=True)
+            self._print("\r" + text.ljust(width), end="")
             self.drawn = True
             return
         worst = max(LABELS[row["collapse/verdict"]].severity for row in self.states.values())
         now = time.monotonic()
         if now - self.written > SECONDS or worst != self.shown or self.step == self.steps:
             text = progress_line(self.labels, self.states, self._place(), WIDTH)
-            print(text, file=sys.stderr, flush=True)
+            self._print(text)
             self.written, self.shown = now, worst
 
     def _place(self) -> list[str]:
@@ -132,10 +135,14 @@ class Progress:
     def tokens_per_second(self) -> float:
         return self.done * self.tokens / self.seconds if self.seconds else 0.0
 
+    def _print(self, text: str = "", end: str = "\n") -> None:
+        if not self.silent:
+            print(text, end=end, file=sys.stderr, flush=True)
+
     def end_line(self) -> None:
         """What is printed next begins a line of its own."""
         if self.drawn:
-            print(file=sys.stderr, flush=True)
+            self._print()
         self.drawn = False
 
 

@@ -245,6 +245,7 @@ def evaluate(cfg: Config, seams: Seams, params, hyper: Hyper, evals: EvalData) -
     """
 
     def stats(block, per_replicate=False):
+        block = block if per_replicate else sharding.split_batch(block)
         logits_RBLV = forward(cfg, seams, params, hyper, block.inputs, per_replicate)
         return collapse.stats(logits_RBLV, block.targets, block.weights, evals.token_bytes_V)
 
@@ -266,7 +267,7 @@ def make_large_eval(cfg: Config, seams: Seams = STANDARD) -> Callable:
         now = at_step(hyper, state.step)
 
         def stats(block):
-            batch, nats_KBL = block
+            batch, nats_KBL = sharding.split_batch(block[0]), block[1]
             logits_RBLV = forward(cfg, seams, state.params, now, batch.inputs)
             return collapse.stats(
                 logits_RBLV, batch.targets, batch.weights, reference_nats_KBL=nats_KBL

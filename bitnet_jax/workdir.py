@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from bitnet_jax import config, config_file, log, optim
+from bitnet_jax import config, config_file, hosts, log, optim
 from bitnet_jax.config import UserError
 from bitnet_jax.program import Program
 
@@ -23,7 +23,24 @@ def occupied(workdir: Path, resume: bool) -> Iterator[None]:
     """Hold a workdir, which is created if need be; raises UserError when it cannot be used.
 
     A folder that was created for a run that did not begin, its config.json not written, is removed.
+    Of several processes the first does all this.
     """
+    if not hosts.is_first():
+        hosts.agree(None)
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_held(workdir, resume))
+            error = None
+        except UserError as raised:
+            error = raised
+        hosts.agree(error)
+        yield
+
+
+@contextlib.contextmanager
+def _held(workdir: Path, resume: bool) -> Iterator[None]:
     created = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -143,6 +160,6 @@ def write_config(program: Program, described: dict, workdir: Path) -> None:
         f"{len(program.replicates)} replicates of {described['n_params']:,} parameters on "
         f"{program.mesh.size} x {device}; {tokens:,} training tokens; {workdir}"
     )
-    if not (workdir / "config.json").exists():
+    if hosts.is_first() and not (workdir / "config.json").exists():
         program.tokens.tokenizer.save(workdir / "tokenizer")
         log.write_json(workdir / "config.json", described)

@@ -112,6 +112,8 @@ def prepare() -> None:
     import absl.logging
     import jax
 
+    from bitnet_jax import hosts
+
     # Orbax warns about files that it does not need, and downloads about each of their retries; what
     # fails in the end raises.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -125,6 +127,7 @@ def prepare() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
         jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
+    hosts.initialize()
     _raise_on_signals()
 
 
