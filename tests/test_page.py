@@ -272,7 +272,7 @@ def test_evidence_and_warnings_stand_above_the_charts_with_their_replicate(tmp_p
     fine, dead = re.findall(r'<section class="card outcome.*?</section>', text, re.DOTALL)
     assert text.index(dead) < text.index("<figure>")
     assert "coupled" in dead and "why dead: loss &lt; 7" in dead
-    assert escape(LABELS["dead"][-1]) in dead
+    assert escape(LABELS["dead"].next) in dead
     assert re.findall(r'"warning">(.*?)<', dead) == ["norm &lt;= 0.5", "drifts"]
     assert "why healthy" in fine and '"warning"' not in fine
     assert ("alarm" in dead, "alarm" in fine) == (True, False)

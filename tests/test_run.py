@@ -21,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from bitnet_jax import (
     checkpoint,
     config_file,
+    judging,
     log,
     optim,
     presets,
@@ -158,7 +159,7 @@ def test_rows_and_summary_hold_the_verdict_of_the_history(cfg, finished):
     for i, rep in enumerate(replicates_of(cfg)):
         rates = np.asarray(optim.learning_rate(rep.hyper, np.arange(1, STEPS + 1), cfg.run))
         sum_lr = np.cumsum([0.0, *rates.astype(float)])
-        judge, train = verdict.Judge(references), {}
+        judge, train = judging.Judge(references), {}
         for row in (row for row in rows if row["replicate"] == i):
             if row["kind"] == "train":
                 train = row
