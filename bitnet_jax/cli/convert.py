@@ -148,7 +148,7 @@ def evaluate(cfg, params, hyper, tokenizer) -> dict[str, float]:
 
     tokens, n_vocab = data.load(cfg.data), cfg.model.vocab_size
     held_out = data.small_block(cfg.data, data.held_out_windows(cfg.data, tokens))
-    unigram_V = reference.unigram_probs(tokens.train_N, n_vocab)
+    unigram_V = reference.unigram_probs(tokens.train_N, n_vocab, scored_N=tokens.train_scored_N)
     bytes_V = np.pad(tokenizer.token_bytes_V, (0, n_vocab - tokenizer.vocab_size))
     evals = train.EvalData(
         small=held_out,
