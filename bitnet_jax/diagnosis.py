@@ -6,6 +6,7 @@ ours: each test that lacks a number decides nothing, and is named with that numb
 
 import json
 import math
+import textwrap
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,10 @@ from bitnet_jax.history import ROLES, Column, History
 from bitnet_jax.judging import Judge
 from bitnet_jax.verdict import ALARM, LABELS, LARGE_BLOCK, LATE_STEPS, PREDICTORS, Verdict
 
-BUCKETS = 100  # training losses are noisy: at most as many means of them are judged
+# Means of training losses that are judged, at most: a loss that is read from text in its order, 512
+# tokens a step, is called a regression at 13 of its first 300 steps with 20 means, never with 10.
+BUCKETS = 10
+WIDTH = 79  # columns of a terminal
 ABOVE_UNIFORM = 1.0  # nats; the widest logits in use at initialisation add 0.5
 ROLE_OF = {role.metric: name for name, role in ROLES.items()} | {metrics.NORM_RATIO: "head_norm"}
 SHOWN = ("uniform", "unigram", "bigram")  # predictors
@@ -150,23 +154,29 @@ def lines(history: History, diagnosis: Diagnosis, references: dict) -> list[str]
     """What a terminal shows: what was read, the verdict, and what would say more."""
     log, verdict = history.log, diagnosis.verdict
     heights = [f"{name} {references[name]['loss']:.3f}" for name in SHOWN if name in references]
-    shown = [
-        f"{log.path} ({log.kind}, {len(log.rows):,} rows, last step {history.last_step:,})",
-        "columns     " + ", ".join(f"{r} = {c.name}" for r, c in history.columns.items()),
-        "references  " + (", ".join(heights) or "none: give --text, --counts or --unigram-loss"),
-    ]
     settings = ", ".join(f"{k} {v}" for k, v in history.settings.items())
-    settings = settings or "not in the log; --optimizer and --weight-decay say it"
-    shown.append(f"optimiser   {settings}")
-    shown += [f"note        {note}" for note in diagnosis.notes]
-    headline = LABELS[verdict.name].headline
-    shown += ["", f"{verdict.name} since step {diagnosis.since:,}: {headline}", verdict.evidence]
+    facts = [
+        ("columns", ", ".join(f"{r} = {c.name}" for r, c in history.columns.items())),
+        ("references", ", ".join(heights) or "none: give --text, --counts or --unigram-loss"),
+        ("optimiser", settings or "not in the log; --optimizer and --weight-decay say it"),
+        *(("note", note) for note in diagnosis.notes),
+    ]
+    shown = [f"{log.path} ({log.kind}, {len(log.rows):,} rows, last step {history.last_step:,})"]
+    shown += [_hanging(name, text) for name, text in facts]
+    since = "" if verdict.name == "insufficient_data" else f" since step {diagnosis.since:,}"
+    shown += ["", f"{verdict.name}{since}: {LABELS[verdict.name].headline}", verdict.evidence]
     shown += [f"warning: {text}" for text in verdict.warnings]
     shown.append(f"next: {verdict.next}")
     if diagnosis.unknown:
         shown += ["", "not in the log, and what it would tell:"]
-        shown += [f"  {role:20}{text}" for role, text in diagnosis.unknown.items()]
+        shown += [_hanging(role, text, 20) for role, text in diagnosis.unknown.items()]
     return shown
+
+
+def _hanging(name: str, text: str, indent: int = 12) -> str:
+    """A name and a text of several lines beside it."""
+    how = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(f"{name:{indent}}{text}", WIDTH, subsequent_indent=" " * indent, **how)
 
 
 # ----------------------------------------------------------------------------------- references

@@ -163,11 +163,12 @@ def read(path: Path, named: Sequence[str] = (), settings: dict | None = None) ->
     losses = chosen.keys() & {"loss", "eval_loss"}
     if missing := ["step"] * ("step" not in chosen) + ["loss"] * (not losses):
         raise _missing(log, missing)
-    columns, notes = {}, []
+    kept, note = in_order(log, chosen["step"])
+    columns, notes = {}, [note] if note else []
     for role, name in chosen.items():
         if role != "step":
-            columns[role], odd = _column(log, chosen["step"], name)
-            notes += [note for note in odd if note not in notes]
+            columns[role], odd = _column(log, kept, chosen["step"], name)
+            notes += odd
     unread = [name for name in log.columns if name not in chosen.values()]
     own = {key: log.settings[key] for key in SETTINGS if key in log.settings}
     return History(log, columns, unread, own | (settings or {}), tuple(notes))
@@ -226,40 +227,47 @@ def _missing(log: Log, roles: list[str]) -> UserError:
     )
 
 
-def _column(log: Log, step: str, name: str) -> tuple[Column, list[str]]:
-    """A column in the order of its steps, and what is odd about it.
+def in_order(log: Log, step: str) -> tuple[list[int], str]:
+    """Places of the rows that count, by their steps, and what is odd about these.
 
     Where steps go back a run was resumed: what was logged from there on counts. Where they go back
-    all the time there is no order, and they are sorted. Of a step that stands there twice the last
-    value counts.
+    all the time there is no order, and they are sorted.
     """
-    steps, values, notes = [], [], []
-    for row, place in zip(log.rows, log.places, strict=True):
-        if name in row and step in row:
-            for key in (step, name):
-                if isinstance(row[key], str):
-                    where = f"--log {log.path}: {place}"
-                    raise UserError(f"{where}: {key} is no number: {shown(row[key])}")
-            steps.append(row[step])
-            values.append(row[name])
-    if not steps:
-        raise UserError(f"--log {log.path}: no row has both {step} and {name}")
-    steps_N, values_N = np.array(steps), np.array(values)
+    places = [i for i, row in enumerate(log.rows) if step in row]
+    steps_N = np.array([_number(log, i, step) for i in places])
     if not np.isfinite(steps_N).all():
-        raise UserError(f"--log {log.path}: {step} is not finite in a row with {name}")
-    back = np.flatnonzero(np.diff(steps_N) < 0)
+        raise UserError(f"--log {log.path}: a {step} is not finite")
+    back, note = np.flatnonzero(np.diff(steps_N) < 0), ""
     if len(back) > max(1, RESUMED * len(steps_N)):
-        notes.append("the steps are in no order: sorted")
+        note = "the steps are in no order: sorted"
     elif len(back):
         at = ", ".join(f"{steps_N[i + 1]:.0f}" for i in back[:3])
-        notes.append(f"steps go back to {at}: resumed there, what was logged from there on counts")
+        note = f"steps go back to {at}: resumed there, what was logged from there on counts"
         keep = np.minimum.accumulate(steps_N[::-1])[::-1] >= steps_N
-        steps_N, values_N = steps_N[keep], values_N[keep]
-    order = np.argsort(steps_N, kind="stable")
-    steps_N, values_N = steps_N[order], values_N[order]
-    last = np.append(np.diff(steps_N) > 0, True)
-    if not last.all() and not len(back):
-        notes.append(f"{np.sum(~last)} steps stand there twice: the last value counts")
+        places, steps_N = np.array(places)[keep].tolist(), steps_N[keep]
+    return [places[i] for i in np.argsort(steps_N, kind="stable")], note
+
+
+def _number(log: Log, place: int, name: str) -> float:
+    value = log.rows[place][name]
+    if isinstance(value, str):
+        where = f"--log {log.path}: {log.places[place]}"
+        raise UserError(f"{where}: {name} is no number: {shown(value)}")
+    return value
+
+
+def _column(log: Log, kept: list[int], step: str, name: str) -> tuple[Column, list[str]]:
+    """A column over the `kept` rows; of a step that stands there twice the last value counts."""
+    rows = [i for i in kept if name in log.rows[i]]
+    if not rows:
+        raise UserError(f"--log {log.path}: no row has both {step} and {name}")
+    steps_N = np.array([log.rows[i][step] for i in rows])
+    values_N = np.array([_number(log, i, name) for i in rows])
+    last, notes = np.append(np.diff(steps_N) > 0, True), []
+    if np.sum(~last) > 1:  # one is where a run was resumed
+        notes.append(
+            f"{name} has {np.sum(~last)} more values at steps that it had: the last counts"
+        )
     holes = ~np.isfinite(values_N[last])
     if holes.any() and not holes[-1]:
         first = int(steps_N[last][holes][0])

@@ -21,6 +21,7 @@ from bitnet_jax.verdict import (
     PERSIST,
     PERSIST_BLIND,
     PREDICTORS,
+    PROGRESS,
     SLOW_STEPS,
     TESTS,
     WARNINGS,
@@ -49,6 +50,7 @@ class Judge:
         self.best_loss = self.best_kl = math.inf
         self.drift = 0.0
         self.gaps = self.widest_gap = 0
+        self.progress_loss, self.progress_step = math.inf, 0  # when the loss fell by PROGRESS last
 
     def update(self, row: dict) -> Verdict:
         """The verdict after one more evaluation; a number that is not there may be None."""
@@ -84,6 +86,8 @@ class Judge:
         # One-sided cumulative sum of the loss above its best, less a drift; 0 at each new best.
         above_best = row[LOSS] - self.best_loss
         self.drift = max(0.0, self.drift + above_best - CUSUM_DRIFT) if above_best >= 0 else 0.0
+        if row[LOSS] < self.progress_loss - PROGRESS:
+            self.progress_loss, self.progress_step = row[LOSS], row["step"]
         self.best_loss = min(self.best_loss, row[LOSS])
         self.best_kl = min(self.best_kl, row.get(UNIGRAM_KL, math.inf))
 
@@ -124,6 +128,8 @@ def _evidence(judge: Judge, name: str) -> str:
         parts.append(f"mutual information {row[MI]:.3f}")
     if norm(row) < 1 + FROZEN_NORM:
         parts.append(f"{output(row)} norm {norm(row):.2g} of initial")
+    if name == "stalled":
+        parts.append(f"no lower by {PROGRESS} since step {judge.progress_step:,.0f}")
     if name == "regression":
         parts.append(f"the best was {judge.best_loss:.2f}")
     if "sum_lr" in row and name == "slow":

@@ -152,7 +152,9 @@ def test_a_step_does_not_see_the_targets_of_prompts(cfg):
     )
     state = jax.tree.map(lambda x: x[0], built.init())
     hyper = jax.tree.map(lambda x: x[0], built.hyper)
-    step = jax.jit(lambda b: train.train_step(tiny, built.seams, state, hyper, b, None)[0].params)
+    step = jax.jit(
+        lambda b: train.train_step(built.cfg, built.seams, state, hyper, b, None)[0].params
+    )
     with jax.set_mesh(built.mesh):
         jax.tree.map(np.testing.assert_array_equal, step(batch), step(other))
     scored_N = built.tokens.train_N[built.tokens.train_scored_N]

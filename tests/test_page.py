@@ -70,7 +70,7 @@ def make_config(names=("coupled", "published"), seeds=(0,), **changes):
 def judged(name, warnings=()):
     """The columns of a verdict; its evidence holds what HTML would take for a tag."""
     keys = ("verdict", "evidence", "next", "warnings")
-    values = (name, f"why {name}: loss < 7", LABELS[name][-1], list(warnings))
+    values = (name, f"why {name}: loss < 7", LABELS[name].next, list(warnings))
     return {f"collapse/{key}": value for key, value in zip(keys, values, strict=True)}
 
 

@@ -97,6 +97,7 @@ def run_card(workdir: Path, step: int, index: int | None):
         steps=cfg.run.steps,
         tokens=step * cfg.data.batch_size * cfg.data.seq_len,
         text=f"{corpus['source']}, sha256 {corpus['sha256']}" if corpus else None,
+        verdict=row.get("collapse/verdict"),
         commit=described.get("provenance", {}).get("git_commit"),
         **losses,
     )

@@ -66,7 +66,8 @@ def test_batches_padding_and_order_do_not_change_a_score(model):
         assert total == pytest.approx(alone, abs=1e-5) and likely is same
     ids = model.tok_encode("the cat sat")
     n = len(ids) - len(model.tok_encode("the cat"))
-    log_p = jax.nn.log_softmax(hf_models.logits(model.model.cfg, model.model.params, [ids[:-1]])[0])
+    logits_1LV = hf_models.logits(model.model.cfg, model.model.params, np.array([ids[:-1]]))
+    log_p = jax.nn.log_softmax(logits_1LV[0])
     own = sum(float(log_p[i, ids[i + 1]]) for i in range(len(ids) - 1 - n, len(ids) - 1))
     assert together[0][0] == pytest.approx(own, abs=1e-4)
 
