@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import struct
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from bitnet_jax import diagnosis, history, history_page
 from bitnet_jax.config import UserError
 
 REFERENCES = diagnosis.of_numbers(50257, 7.1)
+FOREIGN = Path(__file__).parent / "fixtures" / "foreign"
 STEPS = range(20, 2001, 20)
 
 
@@ -83,7 +86,9 @@ def test_every_format_holds_the_same_numbers(tmp_path, name):
         ("unlearned", entries(losses(9.7), lr=1e-3)),
         ("unlearned", entries(losses(9.7))),  # after 1000 steps no rate is needed
         ("below_unigram", entries(losses(5.0))),
-        ("slow", entries(losses(7.1))),
+        ("slow", entries(losses(7.1))),  # 0 above the unigram
+        ("stalled", entries(losses(7.3), lr=1e-3)),
+        ("slow", entries([7.8 - 0.15 * math.log2(n) / 2 for n in STEPS], lr=1e-3)),
         ("slow", entries(losses(9.7), lr=1e-5)),  # a sum of 0.02: not late
         ("slow", entries(losses(9.7))[:45]),  # 900 steps
         ("init", entries(losses(10.8))[:10]),
@@ -101,6 +106,33 @@ def test_every_format_holds_the_same_numbers(tmp_path, name):
 )
 def test_a_log_is_judged_by_what_it_holds(tmp_path, label, rows):
     assert diagnose(write_jsonl(tmp_path / "log.jsonl", rows)).verdict.name == label
+
+
+@pytest.mark.parametrize(
+    ("log", "label"),
+    [
+        ("adamw_trainer_state.json", "healthy"),
+        ("adam_trainer_state.json", "stalled"),
+        ("adam", "stalled"),
+        ("loop.csv", "below_unigram"),
+    ],
+)
+def test_real_logs_of_other_trainers(log, label):
+    """Written by parity/foreign_logs.py, which also gives the references of their text."""
+    found = diagnose(FOREIGN / log, diagnosis.of_numbers(1024, 5.963))
+    assert (found.verdict.name, found.notes) == (label, ())
+
+
+def test_a_loss_of_batches_in_the_order_of_a_text_raises_no_alarm_at_any_step():
+    """It goes up and down by half a nat with the documents."""
+    run = history.read(FOREIGN / "loop.csv")
+    for n in range(30, 301, 10):
+        start = {
+            role: replace(c, steps_N=c.steps_N[:n], values_N=c.values_N[:n])
+            for role, c in run.columns.items()
+        }
+        references = diagnosis.of_numbers(1024, 5.963)
+        assert not diagnosis.diagnose(replace(run, columns=start), references).alarm
 
 
 def test_the_norm_of_the_head_is_compared_with_its_first(tmp_path):
