@@ -268,14 +268,14 @@ def _unlearned(judge):
 PROGRESS = 0.05  # nats by which healthy runs above the unigram fall while their steps double
 
 
-@label(ALARM, "is stuck above word frequencies", "decay inside Adam? rate, masks, order of targets")
+@label(ALARM, "is stuck at word frequencies", "decay inside Adam? rate, masks, order of targets")
 def _stalled(judge):
-    """Late, above the unigram, and since half of the steps no lower by 0.05 nats.
+    """Late, not learned, and since half of the steps no lower by 0.05 nats.
 
     Only where the mutual information is not known, which tells whether the context is used.
     """
     stands = judge.row["step"] >= 2 * judge.progress_step and len(judge.rows) == PERSIST_BLIND
-    return judge.stuck and stands and judge.above > 0 and MI not in judge.row
+    return judge.stuck and stands and MI not in judge.row
 
 
 @label(FINE, "learned", "go on")

@@ -86,7 +86,7 @@ def test_every_format_holds_the_same_numbers(tmp_path, name):
         ("unlearned", entries(losses(9.7), lr=1e-3)),
         ("unlearned", entries(losses(9.7))),  # after 1000 steps no rate is needed
         ("below_unigram", entries(losses(5.0))),
-        ("slow", entries(losses(7.1))),  # 0 above the unigram
+        ("stalled", entries(losses(7.1))),
         ("stalled", entries(losses(7.3), lr=1e-3)),
         ("slow", entries([7.8 - 0.15 * math.log2(n) / 2 for n in STEPS], lr=1e-3)),
         ("slow", entries(losses(9.7), lr=1e-5)),  # a sum of 0.02: not late
