@@ -19,6 +19,7 @@ Row = dict[str, float | str]  # of a column that is not there a row has no entry
 
 EVENTS, STATE = "tfevents", "trainer_state.json"
 ARGUMENTS = "args/text_summary"  # where transformers' Trainer writes its arguments in TensorBoard
+EMPTY = ("", "none", "null")  # cells without a value
 FLOAT_TYPE, DOUBLE_TYPE = 1, 2  # of TensorFlow's TensorProto
 
 
@@ -156,7 +157,7 @@ def _csv(path: Path, text: str) -> Log:
         if len(cells) > len(header):
             raise UserError(f"--log {path}:{number}: {len(cells)} fields, but {len(header)} names")
         named = zip(header, cells, strict=False)
-        rows.append({name.strip(): _value(cell) for name, cell in named if cell.strip()})
+        rows.append({k.strip(): _value(x) for k, x in named if x.strip().lower() not in EMPTY})
         places.append(f"line {number}")
     return Log(path, "CSV file", [row for row in rows if row], places)
 

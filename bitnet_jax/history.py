@@ -15,6 +15,7 @@ from bitnet_jax import foreign, metrics
 from bitnet_jax.config import UserError, nearest, shown
 from bitnet_jax.foreign import Log
 
+RUN_NAMES = ("replicate", "run", "run_id", "run_name", "Name", "seed")  # columns
 RESUMED = 0.05  # share of rows at which the steps go back; more is no order at all
 OFTEN = 3  # a loss that is judged has as many values, since some faults are told by a row of them
 
@@ -159,6 +160,13 @@ def read(path: Path, named: Sequence[str] = (), settings: dict | None = None) ->
     Raises UserError for what is no log, and where its step or its loss is not found.
     """
     log = foreign.read(path)
+    for name in RUN_NAMES:
+        runs = list(dict.fromkeys(str(row[name]) for row in log.rows if name in row))
+        if len(runs) > 1:
+            raise UserError(
+                f"--log {path}: holds {len(runs)} runs by its column {name}: "
+                f"{shown(', '.join(runs))}; give a file of one run"
+            )
     chosen = choose(log, named)
     losses = chosen.keys() & {"loss", "eval_loss"}
     if missing := ["step"] * ("step" not in chosen) + ["loss"] * (not losses):
@@ -170,7 +178,8 @@ def read(path: Path, named: Sequence[str] = (), settings: dict | None = None) ->
             columns[role], odd = _column(log, kept, chosen["step"], name)
             notes += odd
     unread = [name for name in log.columns if name not in chosen.values()]
-    own = {key: log.settings[key] for key in SETTINGS if key in log.settings}
+    said = {key: row[key] for row in log.rows for key in row if key in unread} | log.settings
+    own = {key: said[key] for key in SETTINGS if key in said}
     return History(log, columns, unread, own | (settings or {}), tuple(notes))
 
 

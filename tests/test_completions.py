@@ -143,7 +143,8 @@ def test_what_is_not_scored_gets_no_gradient():
 def test_a_step_does_not_see_the_targets_of_prompts(cfg):
     """From the corpus to the parameters, bit for bit, with references of the scored tokens."""
     tiny = presets.preset("tiny")
-    tiny = replace(tiny, data=replace(cfg, batch_size=4))
+    model = replace(tiny.model, n_layers=1)
+    tiny = replace(tiny, model=model, data=replace(cfg, batch_size=4))
     built = program.build(tiny, [Replicate("published", 0, Hyper())])
     batch = jax.tree.map(lambda x: x[0, 0], built.batches(0, 1))
     assert built.train_N is None and 0 < batch.weights.mean() < 1

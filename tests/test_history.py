@@ -226,6 +226,9 @@ def test_settings_come_from_the_log_and_whoever_has_it_knows_better(tmp_path):
     assert history.read(folder).settings == {"optim": "adamw_torch", "weight_decay": 0.1}
     run = history.read(folder, (), {"optim": "torch.optim.Adam"})
     assert diagnosis.couples(run.settings) and not diagnosis.couples({"optim": "adam"})
+    (tmp_path / "log.csv").write_text("step,loss,weight_decay\n1,2,0.1\n2,None,0.1\n")
+    run = history.read(tmp_path / "log.csv")
+    assert run.settings == {"weight_decay": 0.1} and len(run.columns["loss"].steps_N) == 1
     assert not diagnosis.couples({"optim": "AdamW", "weight_decay": 0.1})
 
 
@@ -270,6 +273,7 @@ def test_a_folder_of_a_trainer_gives_its_last_checkpoint(tmp_path):
         ("a.csv", "step,a - loss,b - loss\n1,2,3\n", "'a - loss', 'b - loss'"),
         ("a.jsonl", '{"step": 1, "loss": 2}\n[1]\n', "a.jsonl:2"),
         ("a.jsonl", '{"step": 1, "loss": 2}\n{"step": 2\n{}\n', "a.jsonl:2"),
+        ("a.csv", "step,loss,run_name\n1,2,a\n1,3,b\n", "2 runs by its column run_name: a, b"),
         ("events.out.tfevents.1", "no events at all", "damaged, or not an event file"),
     ],
 )
