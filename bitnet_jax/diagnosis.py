@@ -79,7 +79,8 @@ def diagnose(history: History, references: dict) -> Diagnosis:
 def couples(settings: dict) -> bool:
     """Whether the optimiser adds weight decay to the gradient that Adam normalises."""
     name = str(settings.get("optim", "")).lower().rpartition(".")[2]
-    return name in COUPLED and float(settings.get("weight_decay", 0)) > 0
+    decay = settings.get("weight_decay", 0.0)
+    return name in COUPLED and isinstance(decay, int | float) and decay > 0
 
 
 def _without(missing: list[str]) -> Verdict:
