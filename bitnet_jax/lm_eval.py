@@ -1,12 +1,14 @@
 """A model of any SOURCE in EleutherAI's lm-evaluation-harness (pip install lm_eval, no torch).
 
-    python -m bitnet_jax.lm_eval --model bitnet_jax --model_args source=runs/mine --tasks lambada
+    python -m bitnet_jax.lm_eval --model bitnet_jax --model_args source=runs/mine \\
+        --tasks lambada_openai --batch_size 8
 
 From Python: `lm_eval.simple_evaluate(model=BitNet("runs/mine"), tasks=[...])`. Scores are those of
 the harness: sums of log-probabilities in nats. What is longer than the model's context loses its
 beginning; the rolling log-likelihood cuts a document into windows of the context's length.
 """
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -174,4 +176,8 @@ def pad(pairs: list[tuple[list[int], list[int]]], n_rows: int, context: int) -> 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except config.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
