@@ -13,6 +13,9 @@ from bitnet_jax.history import ROLES, History
 from bitnet_jax.metrics import ENTROPY, LOSS, metric
 from bitnet_jax.verdict import LABELS
 
+LOSS_MEANING = (
+    "Below the unigram predictor's the model uses context; near the uniform one's it knows nothing."
+)
 LOSSES = {"eval_loss": "held-out", "loss": "training"}
 
 
@@ -62,20 +65,18 @@ def render(history: History, diagnosis: Diagnosis, references: dict) -> str:
 def draw_charts(history: History, references: dict) -> list[tuple[Markup, str]]:
     """Pairs of SVG and caption: the losses, then every other number; entropy against loss."""
     losses = {LOSSES[r]: history.columns[r] for r in LOSSES if r in history.columns}
-    heights = [(name, references[name]["loss"]) for name in SHOWN if name in references]
-    drawn = [
-        _chart(losses, "Loss", metric(LOSS).unit, metric(LOSS).meaning, heights, size=(4.2, 2.8))
-    ]
+    known = [name for name in SHOWN if name in references]
+    heights = [(name, references[name]["loss"]) for name in known]
+    drawn = [_chart(losses, "Loss", metric(LOSS).unit, LOSS_MEANING, heights, size=(4.2, 2.8))]
     for role, column in history.columns.items():
         if role not in LOSSES:
-            shown = metric(ROLES[role].metric)
-            lines = [(n, references[n]["entropy"]) for n in SHOWN if n in references]
-            lines = lines if role == "entropy" else []
+            shown, (*_, meaning) = metric(ROLES[role].metric), ROLES[role]
+            heights = [(name, references[name]["entropy"]) for name in known if role == "entropy"]
+            title = shown.chart_title if role != "head_norm" else "Norm of the output matrix"
             unit = shown.unit if role != "head_norm" else "as logged"
-            drawn.append(
-                _chart({role: column}, shown.chart_title, unit, shown.meaning, lines, shown.log)
-            )
-    if "entropy" in history.columns:
+            caption = shown.meaning if role == "entropy" else f"{meaning[0].upper()}{meaning[1:]}."
+            drawn.append(_chart({role: column}, title, unit, caption, heights, shown.log))
+    if "entropy" in history.columns and history.judged == "eval_loss":
         rows = [row for row in evaluations(history) if ENTROPY in row]
         path = Series("entropy", [r[LOSS] for r in rows], [r[ENTROPY] for r in rows])
         drawn.append((Markup(phase_portrait([path], references.get("curve"))), page.PHASE_MEANING))

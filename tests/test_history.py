@@ -317,8 +317,9 @@ def test_a_file_that_is_no_counts_is_refused(tmp_path, content):
 
 def test_the_page_draws_every_column_beside_the_references(tmp_path):
     rows = [row | {"entropy": 10.5, "grad_norm": math.nan} for row in entries(losses(9.7), lr=1e-3)]
-    rows[0] |= {"grad_norm": 1.0, "eval_loss": 10.0}
-    run = history.read(write_jsonl(tmp_path / "<log>.jsonl", rows[:2]))
+    rows = [row | {"eval_loss": row["loss"]} for row in rows[:3]]
+    rows[0]["grad_norm"] = 1.0
+    run = history.read(write_jsonl(tmp_path / "<log>.jsonl", rows))
     html = history_page.render(run, diagnosis.diagnose(run, REFERENCES), REFERENCES)
     assert html.count("<svg") == 5 and "&lt;log&gt;" in html and "<log>" not in html
     assert "held-out" in html and ">unigram<" in html
