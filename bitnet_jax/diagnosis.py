@@ -59,8 +59,10 @@ def diagnose(history: History, references: dict) -> Diagnosis:
         return Diagnosis(Verdict("nonfinite", what, NONFINITE_NEXT), step, {}, tuple(notes))
     rows = evaluations(history)
     known = {name: {"loss": math.nan} for name in PREDICTORS} | references
-    if history.judged == "loss":  # which says no more than the few positions between large blocks
-        known[LARGE_BLOCK] = {}
+    if history.judged == "loss":
+        known[LARGE_BLOCK] = {}  # it says no more than the few positions between large blocks
+        if "unigram" in references:  # fitted to the text that this loss is of: its own entropy
+            known["unigram"] = {"loss": references["unigram"]["entropy"]}
     judge = Judge(known, ())
     verdicts = [judge.update(row) for row in rows]
     missing = [name for name in PREDICTORS if name not in references]
@@ -157,7 +159,7 @@ def lines(history: History, diagnosis: Diagnosis, references: dict) -> list[str]
     heights = [f"{name} {references[name]['loss']:.3f}" for name in SHOWN if name in references]
     settings = ", ".join(f"{k} {v}" for k, v in history.settings.items())
     facts = [
-        ("columns", ", ".join(f"{r} = {c.name}" for r, c in history.columns.items())),
+        ("columns", ", ".join(f"{r}={c.name}" for r, c in history.columns.items())),
         ("references", ", ".join(heights) or "none: give --text, --counts or --unigram-loss"),
         ("optimiser", settings or "not in the log; --optimizer and --weight-decay say it"),
         *(("note", note) for note in diagnosis.notes),

@@ -151,6 +151,18 @@ def test_what_a_log_of_losses_does_not_say_is_named_with_its_column(tmp_path):
     assert diagnose(write_jsonl(tmp_path / "b.jsonl", learned)).unknown == {}
 
 
+def test_a_training_loss_stands_beside_the_frequencies_of_its_own_text(tmp_path):
+    """A held-out one beside their loss on held-out text."""
+    unigram = {"loss": 7.6, "entropy": 7.1}
+    references = {"uniform": {"loss": 10.8}, "unigram": unigram}
+    rows = entries(losses(7.2), lr=1e-3)
+    training = diagnose(write_jsonl(tmp_path / "a.jsonl", rows), references)
+    assert (training.verdict.name, "7.10" in training.verdict.evidence) == ("stalled", True)
+    rows = [{"step": row["step"], "eval_loss": row["loss"]} for row in rows]
+    held_out = diagnose(write_jsonl(tmp_path / "b.jsonl", rows), references)
+    assert (held_out.verdict.name, "7.60" in held_out.verdict.evidence) == ("healthy", True)
+
+
 def test_without_references_only_what_needs_none_is_said(tmp_path):
     stuck = write_jsonl(tmp_path / "a.jsonl", entries(losses(9.7)))
     back = write_jsonl(tmp_path / "b.jsonl", entries(losses(5.0)[:50] + [6.0] * 50))
