@@ -162,6 +162,24 @@ def packed(scored_N: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     return starts_W[kept_W], lengths_W[kept_W]
 
 
+def beginnings(tokens: TokenData, n: int, n_prompt: int, n_new: int):
+    """Where n held-out beginnings start, evenly spaced, and how many tokens they have: [n], [n].
+
+    `n_prompt` tokens of the text, with room for `n_new` after them; where documents have prompts, a
+    prompt, of which the last `n_prompt` tokens at most.
+    """
+    scored_N = tokens.validation_scored_N
+    if scored_N is None:
+        last = max(0, len(tokens.validation_N) - n_prompt - n_new)
+        return np.linspace(0, last, n).astype(int), np.full(n, n_prompt)
+    before_N = np.append(True, scored_N[:-1])
+    documents, answers = np.flatnonzero(~scored_N & before_N), np.flatnonzero(scored_N & ~before_N)
+    answer_n = answers[np.linspace(0, len(answers) - 1, n).astype(int)]
+    document_n = documents[np.searchsorted(documents, answer_n) - 1]
+    start_n = np.maximum(document_n, answer_n - n_prompt)
+    return start_n, answer_n - start_n
+
+
 def train_windows(cfg: DataConfig, tokens: TokenData) -> Windows:
     """The windows of the training split as training scores them."""
     end = tokens.tokenizer.end_of_text

@@ -118,6 +118,15 @@ def test_every_scored_token_is_the_target_of_one_window(seq_len):
     assert not short.weights[:, -1].any()
 
 
+def test_continuations_begin_with_whole_prompts_as_far_as_they_fit():
+    scored_N = np.concatenate([document(*sizes) for sizes in ((2, 3), (9, 1), (4, 2))])
+    held_out = data.TokenData(None, np.arange(len(scored_N)), None, {}, None, scored_N)
+    starts, lengths = data.beginnings(held_out, 3, 5, 4)
+    assert (starts.tolist(), lengths.tolist()) == ([0, 9, 15], [2, 5, 4])
+    starts, lengths = data.beginnings(replace(held_out, validation_scored_N=None), 3, 5, 4)
+    assert (starts.tolist(), lengths.tolist()) == ([0, 6, 12], [5, 5, 5])
+
+
 def test_references_count_scored_tokens_alone():
     ids_N = np.array([1, 1, 2, 3, 1, 2, 2])
     scored_N = np.array([False, False, True, True, False, True, True])
