@@ -36,6 +36,34 @@ SHAPES = {
         "rope_theta": 10_000.0,
         "norm_eps": 1e-6,
     },
+    "silu, tied": {
+        "activation": "silu",
+        "d_model": 24,
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "d_ff": 48,
+    },
+    "llama, gqa, untied": {
+        "layout": "llama",
+        "activation": "silu",
+        "d_model": 24,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_ff": 48,
+        "tied_embedding": False,
+        "rope_theta": 10_000.0,
+    },
+    "llama, gelu, tied": {
+        "layout": "llama",
+        "activation": "gelu_pytorch_tanh",
+        "d_model": 24,
+        "n_layers": 1,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "d_ff": 40,
+    },
 }
 
 
