@@ -37,8 +37,14 @@ class LlamaCpp:
         return self.post("completion", prompt=prompt, n_predict=n_new, **fixed, **settings)
 
     def log_probs(self, ids) -> np.ndarray:
-        """Natural log probabilities [V] of the token after `ids`."""
-        made = self.complete(ids, 1, n_probs=self.n_vocab)["completion_probabilities"][0]
+        """Natural log probabilities [V] of the token after `ids`.
+
+        They are those of the logits, which a bias of the choice does not change: `a` is chosen,
+        because an end of text or half a character gives no answer.
+        """
+        choice = [[self.tokens("a")[0], 1e6]]
+        answer = self.complete(ids, 1, n_probs=self.n_vocab, logit_bias=choice)
+        made = answer["completion_probabilities"][0]
         found_V = np.full(self.n_vocab, np.nan)
         for entry in made["top_logprobs"]:
             found_V[entry["id"]] = entry["logprob"]
