@@ -31,6 +31,10 @@ TYPES = ("tq2_0", "tq1_0", "f16", "f32")  # of the weights of linear layers
 ROW = 256  # weights in a block of the ternary types; a row is whole blocks
 ARCHITECTURES = {"b158": "bitnet", "llama": "llama"}  # by layout
 FORKS = {"ik_llama.cpp": "bitnet-b1.58"}  # that have a graph with relu2, and its architecture
+LLAMA_3 = (  # the words of its tokenizer.json
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 NAMES = {  # of a block's modules, here and there
     "attn_norm": "attn_norm",
     "attn/sub_norm": "attn_sub_norm",
@@ -226,23 +230,37 @@ def _describe(writer: gguf.GGUFWriter, cfg: Config, kind: str, name: str) -> Non
     writer.add_vocab_size(model.vocab_size)
 
 
-def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> dict:
-    """tokenizer.json's content; raises UserError unless llama.cpp's `gpt-2` cuts text the same."""
-    tree = json.loads(tokenizer.backend.to_str())
+def _cut(tree: dict) -> str | None:
+    """llama.cpp's name of the way in which a tokenizer.json cuts text into words, or None."""
     split = tree["pre_tokenizer"] or {}
-    as_gpt2 = split.get("type") == "ByteLevel" and split.get("use_regex", True)
+    parts = split["pretokenizers"] if split.get("type") == "Sequence" else [split]
+    kinds, first, last = [part.get("type") for part in parts], parts[0], parts[-1]
+    whole_words, gpt2 = bool(tree["model"].get("ignore_merges")), last.get("use_regex", True)
+    if tree["normalizer"] or kinds[-1] != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if kinds[:-1] == [] and gpt2 and not whole_words:
+        return "gpt-2"
+    if kinds[:-1] == ["Digits"] and first["individual_digits"] and gpt2 and not whole_words:
+        return "smollm"
+    if kinds[:-1] == ["Split"] and first["pattern"] == {"Regex": LLAMA_3} and whole_words:
+        isolated = first["behavior"] == "Isolated" and not first["invert"] and not gpt2
+        return "llama-bpe" if isolated else None
+    return None
+
+
+def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> dict:
+    """tokenizer.json's content; raises UserError unless llama.cpp gives texts the same tokens."""
+    tree = json.loads(tokenizer.backend.to_str())
     for wrong, reason in (
-        (tokenizer.vocab_size > model.vocab_size, f"more tokens than rows, {model.vocab_size}"),
-        (not as_gpt2 or tree["normalizer"], "cuts text into words in another way than GPT-2"),
-        (tokenizer.prefix_space, "puts a space before a text, which llama.cpp does not"),
-        (tree["model"].get("ignore_merges"), "takes whole words before merges"),
+        (tokenizer.vocab_size > model.vocab_size, f"has more than {model.vocab_size}"),
+        (_cut(tree) is None, "cuts text into words in a way that is not known in llama.cpp"),
         (len(tokenizer.begin) > 1, f"begins a text with {len(tokenizer.begin)} tokens, not one"),
         (len(tokenizer.ends) > 3, f"has {len(tokenizer.ends)} tokens that end a text, not three"),
     ):
         if wrong:
             raise UserError(
                 f"cannot be exported: tokenizer {shown(tokenizer.name)} ({tokenizer.vocab_size:,} "
-                f"tokens) {reason}; a byte-level BPE that cuts as GPT-2's is needed"
+                f"tokens) {reason}; known are byte-level BPEs as those of GPT-2, Llama 3 and SmolLM"
             )
     return tree
 
@@ -262,7 +280,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, model: ModelCo
         types.append(kind)
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in tree["model"]["merges"])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(_cut(tree))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(list(merges))

@@ -1,6 +1,7 @@
 """Tiny random models for comparisons with transformers, what both must give, and their folders."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from bitnet_jax import generate, hf, loss, quant, tokenizer
+from bitnet_jax import generate, gguf, hf, loss, quant, tokenizer
 from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig, UserError
 from bitnet_jax.data import Batch
 from bitnet_jax.hf_files import INDEX, WEIGHTS
@@ -73,6 +75,27 @@ def small_tokenizer() -> tokenizer.Tokenizer:
     return tokenizer.load_tokenizer(
         f"bpe:{V}", "hf_models", lambda: iter(["the cat sat on the mat, and the dog ran. " * 9])
     )
+
+
+def cut_as(like: tokenizer.Tokenizer, way: str) -> tokenizer.Tokenizer:
+    """The same vocabulary and merges behind words that are cut in another way."""
+    tree = json.loads(like.backend.to_str())
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    words = {"type": "Split", "pattern": {"Regex": gguf.LLAMA_3}, "behavior": "Isolated"}
+    parts = {
+        "gpt-2": [plain | {"use_regex": True}],
+        "whole words": [plain | {"use_regex": True}],
+        "llama-bpe": [words | {"invert": False}, plain | {"use_regex": False}],
+        "smollm": [{"type": "Digits", "individual_digits": True}, plain | {"use_regex": True}],
+        "digits together": [{"type": "Digits", "individual_digits": False}, plain],
+    }[way]
+    tree["model"]["ignore_merges"] = way in ("llama-bpe", "whole words")
+    tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    if way == "gpt-2":
+        tree["pre_tokenizer"] = parts[0]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    backend.encode_special_tokens = True
+    return replace(like, backend=backend)
 
 
 def random_model(shape: dict, seed: int) -> tuple[Config, dict]:

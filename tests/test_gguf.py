@@ -171,19 +171,17 @@ def test_a_file_appears_whole_and_replaces_nothing(tmp_path, tokenizer):
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+@pytest.mark.parametrize("way", ["gpt-2", "llama-bpe", "smollm"])
+def test_the_way_in_which_text_is_cut_is_named_as_llama_cpp_has_it(tmp_path, tokenizer, way):
+    cfg, params = hf_models.random_model(SMALL, 0)
+    cut = hf_models.cut_as(tokenizer, way)
+    gguf.export(tmp_path / "m.gguf", cfg, params, Hyper(), cut, kind="f16")
+    assert key(library.GGUFReader(tmp_path / "m.gguf"), "tokenizer.ggml.pre") == way
+
+
 def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path, tokenizer):
     cfg, params = hf_models.random_model(SMALL, 0)
-    digits = library_of(tokenizer)
-    with pytest.raises(UserError, match="cuts text into words in another way"):
-        gguf.export(tmp_path / "m.gguf", cfg, params, Hyper(), digits, kind="f16")
-
-
-def library_of(tokenizer):
-    """The same vocabulary behind digits that stand alone."""
-    import tokenizers
-    from tokenizers import pre_tokenizers
-
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    parts = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    return replace(tokenizer, backend=backend)
+    for way in ("digits together", "whole words"):
+        with pytest.raises(UserError, match="cuts text into words in a way that is not known"):
+            other = hf_models.cut_as(tokenizer, way)
+            gguf.export(tmp_path / "m.gguf", cfg, params, Hyper(), other, kind="f16")
