@@ -73,12 +73,12 @@ def export(
     writer = gguf.GGUFWriter(None, architecture)
     _describe(writer, cfg, kind, name or Path(path).stem)
     _add_tokenizer(writer, tokenizer, cfg.model)
-    for key, array in tensors(params, cfg.model, hyper):
-        of_layer = key.startswith("blk.") and array.ndim == 2
-        stored = kind if of_layer else "f16" if array.ndim == 2 and kind != "f32" else "f32"
-        type_ = gguf.GGMLQuantizationType[stored.upper()]
-        writer.add_tensor(key, _as_type(key, array, stored, type_), raw_dtype=type_)
     with _appearing(Path(path)) as draft:
+        for key, array in tensors(params, cfg.model, hyper):
+            of_layer = key.startswith("blk.") and array.ndim == 2
+            stored = kind if of_layer else "f16" if array.ndim == 2 and kind != "f32" else "f32"
+            type_ = gguf.GGMLQuantizationType[stored.upper()]
+            writer.add_tensor(key, _as_type(key, array, stored, type_), raw_dtype=type_)
         writer.write_header_to_file(draft)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -300,6 +300,8 @@ def _appearing(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: a folder; name a file in it, such as {path / 'model.gguf'}")
     if path.exists():
         raise UserError(f"{path}: exists; give a new file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: no folder {path.parent}; make it, or give a file elsewhere")
     draft = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     try:
         try:
