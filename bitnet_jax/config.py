@@ -72,9 +72,15 @@ def check_fields(part, section: str) -> None:
 class ModelConfig:
     layout: str = _field(
         "b158",
-        "b158: pre-norms and two sub-norms, a scale per projection; "
-        "report: pre-norms, a norm in every BitLinear, fused q/k/v and gate/up",
-        choices=("b158", "report"),
+        "b158: pre-norms and two sub-norms, a scale per projection; llama: the same without "
+        "sub-norms; report: pre-norms, a norm in every BitLinear, fused q/k/v and gate/up",
+        choices=("b158", "llama", "report"),
+    )
+    activation: str = _field(
+        "relu2",
+        "of the gate, by transformers' name; relu2 is that of BitNet b1.58 2B4T, silu (SwiGLU) "
+        "that of Llama and the only one that stock llama.cpp runs",
+        choices=("relu2", "silu", "gelu", "gelu_pytorch_tanh", "relu"),
     )
     vocab_size: int | None = _field(
         None, "rows of the embedding; none: the tokenizer's", within=(2, 2**24)

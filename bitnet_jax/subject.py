@@ -196,7 +196,8 @@ def open_hf(folder: Path, text: str | None) -> Subject:
         raise UserError(f"{folder}: a model without a run needs a text: --text GLOB")
     cfg, params, _ = hf.load(folder)
     cfg = replace(cfg, data=on_text(cfg.data, text, cfg.data.tokenizer))
-    built = program.build(cfg, [Replicate(folder.name, 0, Hyper())])
+    hyper = hf.strengths(folder, cfg.model)
+    built = program.build(cfg, [Replicate(folder.name, 0, hyper)])
     return Subject(built, jax.tree.map(jnp.asarray, params), 0)
 
 
