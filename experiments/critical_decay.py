@@ -1,0 +1,64 @@
+"""When does decay inside Adam collapse a language model, and can that be told beforehand?
+
+Coupled decay (torch's `Adam(weight_decay=)`) of `decay` in stage 1 and half of it in stage 2 on all
+parameters, as in the report's recipe; all else at one point of a star about V = 2048, d = 64, 128
+tokens a batch. Every point is a grid of decays times seeds, trained as replicates of one program.
+Measured at each point:
+
+- onset edge: the decay at which half of the seeds reach half of the first logit spread in stage 1;
+- outcome edge: the decay at which half of the seeds have not learned at the last step;
+- blind edge: the decay at which the mean loss is midway between the unigram's and ln V;
+- the step of half the spread;
+- depth: loss and entropy of the large block at the end, rows of the output matrix that are alive
+  (norm above a tenth of the mean initial one), and the share of the text that their tokens make.
+
+Predicted before training: `bitnet_jax.shrink`. A prediction is right when an edge is within a
+factor of 2, a step of half the spread within 10 %, a collapsed state's loss within 0.3 nats, and a
+verdict (learned in most seeds or not) the same; `lab.edges` has the definitions.
+
+    python -m experiments.critical_decay --set data.corpus=text:books.validation.txt.xz
+"""
+
+from experiments.lab import edges  # noqa: F401  (definitions: what is measured stands there)
+from experiments.lab.arms import Arm
+
+DECAYS = tuple(round(10 ** (k / 2), 6) for k in range(-8, 1))  # 1e-4 .. 1, two a decade
+# Name of a point: what it changes (fields, numbers), index of its least decay in DECAYS, how many.
+STAR = {
+    "centre": ({}, {}, 2, 7),
+    "V 512": ({"data.tokenizer": "bpe:512"}, {}, 2, 7),
+    "V 8192": ({"data.tokenizer": "bpe:8192"}, {}, 1, 7),
+    "d 32": ({"model.d_model": 32, "model.d_ff": 64}, {}, 2, 7),
+    "d 128": ({"model.d_model": 128, "model.d_ff": 256}, {}, 2, 7),
+    "32 tokens": ({"data.batch_size": 1}, {}, 2, 7),
+    "512 tokens": ({"data.batch_size": 16}, {}, 2, 7),
+    "clip 0.1": ({"optim.clip_norm": 0.1}, {}, 0, 7),
+    "clip 10": ({"optim.clip_norm": 10.0}, {}, 2, 7),
+    "beta2 0.999": ({"optim.beta2": 0.999}, {}, 2, 7),
+    "eps 1e-4": ({"optim.eps": 1e-4}, {}, 2, 7),
+    "warm-up 240": ({}, {"warmup_steps": 240.0}, 2, 7),
+    "T 2000": ({"run.steps": 2000}, {}, 2, 7),
+    "full precision": ({}, {"weight_quant": 0.0, "act_quant": 0.0}, 2, 7),
+    "matrices only": ({}, {"decay_rest": 0.0}, 4, 5),
+    "b158, tied": ({"model.layout": "b158", "model.tied_embedding": True}, {}, 2, 7),
+    "V 512, 32 tokens": ({"data.tokenizer": "bpe:512", "data.batch_size": 1}, {}, 2, 7),
+    "V 512, 512 tokens": ({"data.tokenizer": "bpe:512", "data.batch_size": 16}, {}, 2, 7),
+    "V 8192, 512 tokens": ({"data.tokenizer": "bpe:8192", "data.batch_size": 16}, {}, 1, 7),
+}
+
+
+def decays(point: str) -> tuple[float, ...]:
+    """The decays of a point, 0 first: what the run does without any."""
+    _, _, first, many = STAR[point]
+    return 0.0, *DECAYS[first : first + many]
+
+
+def arms_of(point: str) -> list[Arm]:
+    fields, numbers, _, _ = STAR[point]
+    return [
+        Arm(f"{point} | {decay:g}", fields=fields, coupled_1=decay, coupled_2=decay / 2, **numbers)
+        for decay in decays(point)
+    ]
+
+
+ARMS = tuple(arm for point in STAR for arm in arms_of(point))
