@@ -19,8 +19,19 @@ verdict (learned in most seeds or not) the same; `lab.edges` has the definitions
     python -m experiments.critical_decay --set data.corpus=text:books.validation.txt.xz
 """
 
-from experiments.lab import edges  # noqa: F401  (definitions: what is measured stands there)
-from experiments.lab.arms import Arm
+from bitnet_jax import log
+from experiments.lab import arms, lean, rows
+from experiments.lab.arms import Arm, Request
+from experiments.lab.claims import Claim
+from experiments.lab.experiment import experiment
+
+NAME = "critical_decay"
+SIZE = (
+    *("model.layout=report", "model.tied_embedding=false", "model.rope_theta=10000"),
+    *("model.d_model=64", "model.n_layers=2", "model.d_ff=128", "data.tokenizer=bpe:2048"),
+    *("data.seq_len=32", "data.batch_size=4", "data.eval_batches=4"),
+    *("run.steps=600", "run.eval_every=10"),
+)
 
 DECAYS = tuple(round(10 ** (k / 2), 6) for k in range(-8, 1))  # 1e-4 .. 1, two a decade
 # Name of a point: what it changes (fields, numbers), index of its least decay in DECAYS, how many.
@@ -40,10 +51,10 @@ STAR = {
     "T 2000": ({"run.steps": 2000}, {}, 2, 7),
     "full precision": ({}, {"weight_quant": 0.0, "act_quant": 0.0}, 2, 7),
     "matrices only": ({}, {"decay_rest": 0.0}, 4, 5),
-    "b158, tied": ({"model.layout": "b158", "model.tied_embedding": True}, {}, 2, 7),
-    "V 512, 32 tokens": ({"data.tokenizer": "bpe:512", "data.batch_size": 1}, {}, 2, 7),
-    "V 512, 512 tokens": ({"data.tokenizer": "bpe:512", "data.batch_size": 16}, {}, 2, 7),
-    "V 8192, 512 tokens": ({"data.tokenizer": "bpe:8192", "data.batch_size": 16}, {}, 1, 7),
+    "b158 tied": ({"model.layout": "b158", "model.tied_embedding": True}, {}, 2, 7),
+    "32 tokens at 512": ({"data.tokenizer": "bpe:512", "data.batch_size": 1}, {}, 2, 7),
+    "512 tokens at 512": ({"data.tokenizer": "bpe:512", "data.batch_size": 16}, {}, 2, 7),
+    "512 tokens at 8192": ({"data.tokenizer": "bpe:8192", "data.batch_size": 16}, {}, 1, 7),
 }
 
 
@@ -62,3 +73,38 @@ def arms_of(point: str) -> list[Arm]:
 
 
 ARMS = tuple(arm for point in STAR for arm in arms_of(point))
+
+
+def train(request: Request, arms_: list[Arm], measure=None) -> list[dict]:
+    """Rows of the chosen arms, written point by point; a point whose rows are there is not run."""
+    del measure
+    wanted, made = arms.chosen(request, arms_), []
+    for point in dict.fromkeys(arm.name.partition(" | ")[0] for arm in wanted):
+        mine = [arm for arm in wanted if arm.name.partition(" | ")[0] == point]
+        for group in arms.groups(request, mine):
+            found = there(request, group)
+            if len(found) < len(group.replicates):
+                print(f"{point}: {len(group.replicates)} replicates", flush=True)
+                found = lean.train_rows(group, request.preset)
+                rows.append(request.name, found)
+                print(f"{point}: {found[0]['seconds'] * len(found):.0f} s", flush=True)
+            made += found
+    return made
+
+
+def there(request: Request, group: arms.Group) -> list[dict]:
+    """Rows of a group that are written already."""
+    wanted = {(rep.name, rep.seed) for rep in group.replicates}
+    known = log.read_rows(rows.FOLDER / f"{request.name}.jsonl")
+    return [row for row in known if (row["arm"], row["seed"]) in wanted]
+
+
+CLAIMS: tuple[Claim, ...] = ()
+
+
+def show(df, exhibits) -> None:
+    del df, exhibits
+
+
+if __name__ == "__main__":
+    experiment(__doc__, ARMS, None, CLAIMS, show, quick=SIZE, train=train)
