@@ -5,13 +5,13 @@ through Adam's normaliser, towards 0 by the learning rate at every update. From 
 a free parameter, how many weights stay large, how the logits shrink, and when.
 
 **Stationary point.** Adam with L2 sees f g + decay w, f the clip factor min(1, clip / |g|). The
-mean of that is 0 where f CE + decay / 2 |w|^2 is stationary. A model without context has the logits z_v = sum_i
-gamma_i s_i w_vi, s_i = +-1 the normalised state, gamma the scale of the last norm. With q the
-softmax of z and p the token frequencies, decay w_vi = f (p - q)_v gamma_i s_i and decay gamma_i =
-f sum_v (p - q)_v w_vi s_i. Inserting the first in the second: gamma_i = 0, or decay = f |p - q|_2.
-Since |p - q|_2 is at most |p - 1/V|_2, where the logits are 0, nothing is left above the decay
-f |p - 1/V|_2 (`stationary_edge`), at every width. How much of that a run of T updates meets is
-another matter: gamma, which starts at 1, moves by no more than the summed learning rate.
+mean of that is 0 where f CE + decay / 2 |w|^2 is stationary. A model without context has the logits
+z_v = sum_i gamma_i s_i w_vi, s_i = +-1 the normalised state, gamma the scale of the last norm. With
+q the softmax of z and p the token frequencies, decay w_vi = f (p - q)_v gamma_i s_i and
+decay gamma_i = f sum_v (p - q)_v w_vi s_i. Inserting the first in the second: gamma_i = 0, or
+decay = f |p - q|_2. Since |p - q|_2 is largest where the logits are 0, nothing is left above the
+decay f |p - 1/V|_2 (`stationary_edge`), at every width. How much of that a run of T updates meets
+is another matter: gamma, which starts at 1, moves by no more than the summed learning rate.
 
 **Occurrences.** The row of a rare token gets a gradient once in 1 / (n p_v) batches of n tokens.
 One gradient of size g moves Adam, as long as it outweighs the decay, by lr (1 - beta1) /
