@@ -150,8 +150,8 @@ class Setting:
 
     `rates_T` are the learning rates of updates 1 .. T, `shape_T` their decays over that of the
     first update with any. `init` is the bound of a uniform or the deviation of a normal output
-    matrix. `fan_in` sums the inputs of all other matrices, `fan_out` those of the matrices that
-    write to the residual stream; they give the other matrices' part of the gradient's norm.
+    matrix. `fan_in` sums the inputs of all other matrices, `fan_out` those of the matrices among
+    them that write to the residual stream; they give the other matrices' part of the gradient.
     """
 
     probs_V: np.ndarray  # token frequencies
@@ -164,6 +164,7 @@ class Setting:
     init: float
     uniform: bool = True
     embedding: float = 1.0  # deviation of the embedding's entries
+    ternary: bool = True
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -218,14 +219,17 @@ class _Adam:
         self.m, self.v = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self.n, self.of = 0, setting
 
-    def step(self, g: np.ndarray) -> np.ndarray:
-        """m / (sqrt(v) + eps), both corrected for their start (Kingma & Ba 2015, algorithm 1)."""
+    def step(self, g: np.ndarray, noise: float | np.ndarray = 0.0) -> np.ndarray:
+        """m / (sqrt(v) + eps), both corrected for their start (Kingma & Ba 2015, algorithm 1).
+
+        `noise` is the variance of gradients whose mean `g` is, over weights that move alike.
+        """
         b1, b2 = self.of.beta1, self.of.beta2
         self.n += 1
         self.m *= b1
         self.m += (1 - b1) * g
         self.v *= b2
-        self.v += (1 - b2) * g * g
+        self.v += (1 - b2) * (g * g + noise)
         root = np.sqrt(self.v * np.float32(1 / (1 - b2**self.n)))
         root += np.float32(self.of.eps)
         return self.m * np.float32(1 / (1 - b1**self.n)) / root
@@ -236,7 +240,8 @@ class _Field:
 
     The normalised state of a position is sqrt(rho) s + sqrt(1 - rho) times noise, s the direction
     that all positions share. Its size u in the residual stream is made by matrices (a mean weight
-    of size u / fan_out, from 0), the rest by the embedding; rho = u^2 / (u^2 + embedding^2).
+    of size u / fan_out, from 0; ternary codes follow half of what uniform latents move), the rest
+    by the embedding; rho = u^2 / (u^2 + embedding^2).
     """
 
     def __init__(self, setting: Setting, decays_L: np.ndarray, seed: int):
@@ -247,11 +252,13 @@ class _Field:
         self.w = np.tile(start_entries(setting).astype(np.float32), (n_l, n, 1))
         self.gamma, self.bias = np.ones(n_l), np.zeros(n_l)
         self.e = np.tile(_quantiles(setting.embedding, False, 64)[32:], (n_l, 1))
-        self.adams = [_Adam(x.shape, setting) for x in (self.w, self.gamma, self.bias, self.e)]
+        parts = self.w, self.gamma, self.bias, self.e
+        self.adams = [_Adam(part.shape, setting) for part in parts]
 
     def look(self) -> tuple[np.ndarray, ...]:
         """rho and the stream's mean square [L]; mean entries and ln q of the tokens [L, N]."""
-        e2, u2 = (self.e**2).mean(1), (self.of.fan_out * self.bias) ** 2
+        u = (0.5 if self.of.ternary else 1.0) * self.of.fan_out * self.bias
+        e2, u2 = (self.e**2).mean(1), u**2
         square = e2 + u2 + 1e-6
         rho = (u2 + e2 * (self.weight_N * self.p_N**2).sum()) / square
         mean = self.w.mean(2)
@@ -280,22 +287,23 @@ class _Field:
         g_w = self._row_gradients(rho, excess, count_N)
         g_gamma = np.sqrt(rho) * pull
         g_bias = self.gamma * pull * (1 - rho) / np.sqrt(square)
-        own = (self.weight_N * self.p_N * self.w.var(2)).sum(1)
-        others = of.fan_in / of.tokens * self.gamma**2 * of.width * own / square
+        # Of one position and one weight: what the rows' own parts send back, as noise.
+        own = self.gamma**2 * (self.weight_N * self.p_N * self.w.var(2)).sum(1) / square
         norm = np.sqrt(
             of.width * (self.weight_N * (g_w**2).mean(2)).sum(1)
             + of.width * (g_gamma**2 + of.fan_out * g_bias**2)
-            + others
+            + of.width * of.fan_in * own / of.tokens
         )
         f = np.minimum(1.0, of.clip / np.maximum(norm, 1e-30))
         per_row = (f[:, None, None].astype(np.float32), decay[:, None, None].astype(np.float32))
         g_w *= per_row[0]
         g_w += np.float32(of.decay_head) * per_row[1] * self.w
-        rows, norms, biases, embedding = self.adams
-        self.w -= np.float32(rate) * rows.step(g_w)
-        self.gamma -= rate * norms.step(f * g_gamma + of.decay_norm * decay * self.gamma)
-        self.bias -= rate * biases.step(f * g_bias + of.decay_matrix * decay * self.bias)
-        self.e -= rate * embedding.step(of.decay_embedding * decay[:, None] * self.e)
+        self.w -= np.float32(rate) * self.adams[0].step(g_w)
+        self.gamma -= rate * self.adams[1].step(f * g_gamma + of.decay_norm * decay * self.gamma)
+        noise = f**2 * own / of.tokens
+        g_bias = f * g_bias + of.decay_matrix * decay * self.bias
+        self.bias -= rate * self.adams[2].step(g_bias, noise)
+        self.e -= rate * self.adams[3].step(of.decay_embedding * decay[:, None] * self.e)
 
     def _row_gradients(self, rho, excess, count_N) -> np.ndarray:
         """Gradients [L, N, K] of the entries, without the clip factor: shared part and noise."""
