@@ -11,11 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitnet_jax import optim, shrink
+from bitnet_jax import optim, reference, shrink
 from bitnet_jax.config import Config, Hyper, Replicate, UserError, check_known
 
 GRID = tuple(10 ** (k / 2) for k in range(-10, 2))  # decays whose fate the mean field tells
 HALF = 0.5  # of the first logit spread, and of the seeds
+FIT_TOKENS = 1 << 22  # of which pairs are counted
+SHORT = 0.3  # nats above the unigram's loss that a run without decay keeps when it is too short
+WITHIN = 2.0  # the factor within which an edge is told, see experiments/critical_decay.py
+# A collapsed model meets a decay as the mean field meets COLLAPSED times as much: its gradient's
+# norm is larger by that than the rows' (matrices before a norm have shrunk, and their gradient
+# grows as they shrink), so the clip factor smaller. The one fitted number: the geometric mean of
+# 3.4, 1.7 and 5.9 at the points centre, V 512 and clip 0.1 of experiments/critical_decay.py.
+COLLAPSED = 3.2
 
 
 def crossing(decays: Sequence[float], values: Sequence[float], level: float) -> float | None:
@@ -72,8 +80,8 @@ def fans(width: int, layers: int, ff: int) -> tuple[int, int]:
     return layers * (3 * width + ff), layers * (width + ff)
 
 
-def of_run(cfg: Config, hyper: Hyper, probs_V) -> tuple[shrink.Setting, float]:
-    """The setting of a replicate of ours, and its coupled decay in stage 1."""
+def of_run(cfg: Config, hyper: Hyper, probs_V, context: float) -> tuple[shrink.Setting, float]:
+    """The setting of a replicate of ours on a text, and its coupled decay in stage 1."""
     run, model = cfg.run, cfg.model
     n = np.arange(1, run.steps + 1)
     decays = np.asarray(optim.by_stage(n, run, hyper.coupled_1, hyper.coupled_2), np.float64)
@@ -91,7 +99,8 @@ def of_run(cfg: Config, hyper: Hyper, probs_V) -> tuple[shrink.Setting, float]:
         fan_out=fan_out,
         init=bound if report and not model.tied_embedding else (1.0 if report else 0.02),
         uniform=report and not model.tied_embedding,
-        embedding=1.0 if report else math.sqrt(0.02**2 * (1 + fan_out)),
+        context=context,
+        stream=math.sqrt(1 + model.n_layers * 2 / 3) if report else 0.02 * math.sqrt(1 + fan_out),
         ternary=float(hyper.weight_quant) > 0,
         beta1=cfg.optim.beta1,
         beta2=cfg.optim.beta2,
@@ -122,33 +131,60 @@ class Forecast:
     mass: float
     unigram: float
     uniform: float
+    short: bool = False  # the run is too short to learn word frequencies without any decay
+
+
+def frequencies(tokens_N, vocab_size: int) -> tuple[np.ndarray, float]:
+    """Token frequencies [V] of a text, and the strength of its context (`Setting.context`)."""
+    pairs_VV = reference.bigram_counts(tokens_N[:FIT_TOKENS], vocab_size).astype(np.float64)
+    pairs_VV /= pairs_VV.sum()
+    first_V, second_V = pairs_VV.sum(axis=1), pairs_VV.sum(axis=0)
+    context = (
+        pairs_VV.multiply(pairs_VV).sum()
+        - 2 * first_V @ (pairs_VV @ second_V)
+        + (first_V**2).sum() * (second_V**2).sum()
+    )
+    return reference.unigram_probs(tokens_N, vocab_size), float(context)
+
+
+def edge(decays, values, level: float) -> float | None:
+    """`crossing` upwards of values that lie below the level without decay; 0 where they do not."""
+    return crossing(decays, values, level) if values[0] < level else 0.0
 
 
 def forecast(setting: shrink.Setting, decay: float) -> Forecast:
     """What is expected of a setting whose decay inside Adam is `decay` (0: none, or AdamW)."""
-    decays = sorted({*GRID, decay} - {0.0})
-    path = shrink.mean_field(setting, AMPLIFIED * np.array([0.0, *decays]))
+    decays = sorted({*GRID, decay, COLLAPSED * decay} - {0.0})
+    path = shrink.mean_field(setting, [0.0, *decays])
     p_V = np.asarray(setting.probs_V)
     unigram, uniform = float(-(p_V * np.log(p_V)).sum()), math.log(len(p_V))
     steps, i = len(setting.rates_T), ([0.0, *decays]).index(decay)
-    onset = crossing(decays, least_spread(path, steps)[1:], HALF)
-    blind = crossing(decays, path.loss[-1, 1:], (unigram + uniform) / 2)
-    ratio = path.spread[:, i] / path.spread[0, i]
-    below = np.flatnonzero((ratio <= HALF) & (path.step <= max(steps // 2, 1)))
-    half_step = None
-    if len(below):
-        j = below[0]
-        half_step = float(np.interp(-HALF, -ratio[j - 1 : j + 1], path.step[j - 1 : j + 1]))
+    cost = path.loss[-1, 1:] - unigram - path.reach[1:] * setting.context
+    onset = edge(decays, -least_spread(path, steps)[1:], -HALF)
+    outcome = edge(decays, cost, 0.0)
+    blind = edge(decays, path.loss[-1, 1:], (unigram + uniform) / 2)
+    collapsed = outcome is not None and decay > outcome
+    end = ([0.0, *decays]).index(COLLAPSED * decay if collapsed else decay)
     return Forecast(
         decay,
         onset,
-        outcome_edge(blind),
-        blind,
-        half_step,
-        *(float(x) for x in (path.loss[-1, i], path.entropy[-1, i], path.alive[i], path.mass[i])),
+        outcome,
+        None if blind is None else blind / COLLAPSED,
+        half_step(path, path.spread[:, i] / path.spread[0, i], steps),
+        *(float(x[end]) for x in (path.loss[-1], path.entropy[-1], path.alive, path.mass)),
         unigram,
         uniform,
+        bool(path.loss[-1, 0] - unigram > SHORT),
     )
+
+
+def half_step(path: shrink.Path, ratio: np.ndarray, steps: int) -> float | None:
+    """The update of stage 1 at which a share of the first spread is a half; None without one."""
+    below = np.flatnonzero((ratio <= HALF) & (path.step <= max(steps // 2, 1)))
+    if not len(below):
+        return None
+    j = below[0]
+    return float(np.interp(-HALF, -ratio[j - 1 : j + 1], path.step[j - 1 : j + 1]))
 
 
 def least_spread(path: shrink.Path, steps: int) -> np.ndarray:
@@ -156,23 +192,15 @@ def least_spread(path: shrink.Path, steps: int) -> np.ndarray:
     return (path.spread / path.spread[0])[path.step <= max(steps // 2, 1)].min(0)
 
 
-# What the star of measurements of experiments/critical_decay.py says of the mean field: see there.
-AMPLIFIED = 2.0
-OUTCOME = 0.2  # outcome edge over blind edge
-WITHIN = 2.0  # the factor within which edges lie
-
-
-def outcome_edge(blind: float | None) -> float | None:
-    """The decay at which a model ends without context."""
-    return None if blind is None else OUTCOME * blind
+COLLAPSE, EDGE, NO_COLLAPSE, TOO_SHORT = "collapse", "edge", "no collapse by decay", "too short"
 
 
 def expected(told: Forecast) -> str:
-    """`collapse`, `edge` (within the error of the outcome edge) or `no collapse by decay`."""
-    edge = told.outcome
-    if not told.decay or edge is None or told.decay < edge / WITHIN:
-        return "no collapse by decay"
-    return "collapse" if told.decay > edge * WITHIN else "edge"
+    """`collapse`, `edge` (within the error of the outcome edge), `no collapse by decay`, or `too
+    short` for a run that learns nothing even without decay."""
+    if not told.decay or told.outcome is None or told.decay < told.outcome / WITHIN:
+        return TOO_SHORT if told.short else NO_COLLAPSE
+    return COLLAPSE if told.decay > told.outcome * WITHIN else EDGE
 
 
 def lines(told: Forecast) -> list[str]:
@@ -192,7 +220,7 @@ def lines(told: Forecast) -> list[str]:
             f"  then: loss about {told.loss:.2f} (unigram {told.unigram:.2f}, ln V "
             f"{told.uniform:.2f}), entropy {told.entropy:.2f}"
         )
-    if expected(told) != "no collapse by decay":
+    if expected(told) in (COLLAPSE, EDGE):
         found.append(f"  change: {change(told)}")
     return found
 
@@ -204,7 +232,9 @@ def change(told: Forecast) -> str:
 
 
 def _decay(edge: float | None) -> str:
-    return f"above {GRID[-1]:.1g}" if edge is None else f"{edge:.2g}"
+    if edge is None:
+        return f"above {GRID[-1]:.1g}"
+    return f"{edge:.2g}" if edge else f"below {GRID[0]:.1g}"
 
 
 def _place(told: Forecast) -> str:
@@ -218,7 +248,7 @@ def _beyond(told: Forecast, edge: float | None) -> bool:
 
 def warning(told: Forecast) -> str | None:
     """One line for a run that is expected to collapse, else None."""
-    if expected(told) != "collapse":
+    if expected(told) != COLLAPSE:
         return None
     return (
         f"decay inside Adam of {told.decay:g} is expected to collapse this run (outcome edge "
@@ -226,11 +256,13 @@ def warning(told: Forecast) -> str | None:
     )
 
 
-def warnings(cfg: Config, replicates: Sequence[Replicate], probs_V) -> list[str]:
-    """A line for every recipe of a run that is expected to collapse."""
+def warnings(cfg: Config, replicates: Sequence[Replicate], tokens_N) -> list[str]:
+    """A line for every recipe of a run on a text that is expected to collapse."""
+    decaying = {rep.name: rep for rep in replicates if rep.hyper.coupled_1 or rep.hyper.coupled_2}
+    text = frequencies(tokens_N, cfg.model.vocab_size) if decaying else None
     found = []
-    for rep in {rep.name: rep for rep in replicates}.values():
-        setting, decay = of_run(cfg, rep.hyper, probs_V)
-        if decay and (text := warning(forecast(setting, decay))):
-            found.append(f"{rep.name}: {text}")
+    for rep in decaying.values():
+        setting, decay = of_run(cfg, rep.hyper, *text)
+        if line := warning(forecast(setting, decay)):
+            found.append(f"{rep.name}: {line}")
     return found

@@ -78,7 +78,7 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
     described = describe(program, settings)
     write_config(program, described, workdir)
     if start == 0 and run.init is None:
-        for text in forecast.warnings(program.cfg, program.replicates, program.evals.unigram_V):
+        for text in forecast.warnings(program.cfg, program.replicates, program.tokens.train_N):
             print(f"warning: {text}")
     with contextlib.ExitStack() as stack:
         manager = checkpoint.open_manager(workdir, run)

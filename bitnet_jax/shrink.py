@@ -19,6 +19,12 @@ sqrt(1 - beta2) sum_k (beta1 / sqrt(beta2))^k, whatever g is (`lift`: 5.8 lr at 
 and keeps the decay out for 2 ln(f g sqrt(1 - beta2) / (decay w)) / -ln(beta2) updates (`shelter`);
 after that the decay takes one lr an update. A row survives where lift + shelter > 1 / (n p_v).
 
+**Context.** Beside s the state of a position has a part of its own, sqrt(1 - rho) xi_x of its token
+x. The rows' stationary parts along it, decay w_v = f gamma sqrt(1 - rho) sum_x C_xv xi_x with
+C = p(x, v) - p(x) p(v), give the pair the logit kappa C_xv, kappa = width gamma^2 f (1 - rho) /
+decay, and lower the loss by kappa |C|_F^2 as long as that is small. A run ends above the unigram
+where that is less than what the decay costs the word frequencies.
+
 **Mean field.** `mean_field` follows rows, gamma and the clip factor through a schedule on token
 counts alone. Its assumptions: one normalised state for all positions (no context); a row's entries
 start on the quantiles of the initialisation; tokens are drawn independently.
@@ -163,7 +169,8 @@ class Setting:
     fan_out: int
     init: float
     uniform: bool = True
-    embedding: float = 1.0  # deviation of the embedding's entries
+    context: float = 3e-4  # sum of (p(x, y) - p(x) p(y))^2 over pairs; English books: 2.8 to 3.1e-4
+    stream: float = 1.5  # deviation of the residual stream before the last norm
     ternary: bool = True
     beta1: float = 0.9
     beta2: float = 0.95
@@ -183,6 +190,7 @@ class Path:
     loss: np.ndarray  # nats, of a model without context
     entropy: np.ndarray
     spread: np.ndarray  # standard deviation of the logits over the vocabulary
+    reach: np.ndarray  # logit of a pair of tokens over p(x, y) - p(x) p(y), were it stationary
     alive: np.ndarray  # tokens whose rows have more than a tenth of their initial norm
     mass: np.ndarray  # the share of the text that they make
 
@@ -241,7 +249,7 @@ class _Field:
     The normalised state of a position is sqrt(rho) s + sqrt(1 - rho) times noise, s the direction
     that all positions share. Its size u in the residual stream is made by matrices (a mean weight
     of size u / fan_out, from 0; ternary codes follow half of what uniform latents move), the rest
-    by the embedding; rho = u^2 / (u^2 + embedding^2).
+    by what the stream has at the start, e, which decays; rho = u^2 / (u^2 + e^2).
     """
 
     def __init__(self, setting: Setting, decays_L: np.ndarray, seed: int):
@@ -250,8 +258,8 @@ class _Field:
         n_l, n = len(decays_L), len(self.p_N)
         self.decay_L = np.asarray(decays_L, np.float64)
         self.w = np.tile(start_entries(setting).astype(np.float32), (n_l, n, 1))
-        self.gamma, self.bias = np.ones(n_l), np.zeros(n_l)
-        self.e = np.tile(_quantiles(setting.embedding, False, 64)[32:], (n_l, 1))
+        self.gamma, self.bias, self.f = np.ones(n_l), np.zeros(n_l), np.ones(n_l)
+        self.e = np.tile(_quantiles(setting.stream, False, 64)[32:], (n_l, 1))
         parts = self.w, self.gamma, self.bias, self.e
         self.adams = [_Adam(part.shape, setting) for part in parts]
 
@@ -277,6 +285,11 @@ class _Field:
         own = self.of.width * self.gamma**2 * (by_token * self.w.var(2)).sum(1)
         return loss, entropy, np.sqrt(own + (by_token * shared**2).sum(1))
 
+    def reach(self, shape: float) -> np.ndarray:
+        """width gamma^2 f (1 - rho) / decay [L]: see `context`; infinite without decay."""
+        pull = np.maximum(self.decay_L * shape * self.of.decay_head, 1e-30)
+        return self.of.width * self.gamma**2 * self.f * (1 - self.look()[0]) / pull
+
     def update(self, rate: float, shape: float) -> None:
         """One update on a batch of token counts drawn from the frequencies."""
         of, decay = self.of, self.decay_L * shape
@@ -288,13 +301,16 @@ class _Field:
         g_gamma = np.sqrt(rho) * pull
         g_bias = self.gamma * pull * (1 - rho) / np.sqrt(square)
         # Of one position and one weight: what the rows' own parts send back, as noise.
-        own = self.gamma**2 * (self.weight_N * self.p_N * self.w.var(2)).sum(1) / square
+        # The norms inside the blocks make up for the stream's size at the start.
+        own = self.gamma**2 * (self.weight_N * self.p_N * self.w.var(2)).sum(1)
+        own = own * of.stream**2 / square
         norm = np.sqrt(
             of.width * (self.weight_N * (g_w**2).mean(2)).sum(1)
             + of.width * (g_gamma**2 + of.fan_out * g_bias**2)
             + of.width * of.fan_in * own / of.tokens
         )
         f = np.minimum(1.0, of.clip / np.maximum(norm, 1e-30))
+        self.f = 0.95 * self.f + 0.05 * f
         per_row = (f[:, None, None].astype(np.float32), decay[:, None, None].astype(np.float32))
         g_w *= per_row[0]
         g_w += np.float32(of.decay_head) * per_row[1] * self.w
@@ -343,4 +359,4 @@ def mean_field(setting: Setting, decays_L, *, every: int = 10, seed: int = 0) ->
     alive = np.sqrt((field.w**2).mean(2)) > ALIVE * first
     loss, entropy, spread = (np.array(x) for x in zip(*numbers, strict=True))
     counts = (alive * field.weight_N).sum(1), (alive * field.weight_N * field.p_N).sum(1)
-    return Path(np.array(steps), loss, entropy, spread, *counts)
+    return Path(np.array(steps), loss, entropy, spread, field.reach(setting.shape_T[-1]), *counts)

@@ -29,7 +29,7 @@ def setting(**changed):
 
 def test_a_lone_gradient_lifts_a_weight_by_the_same_amount_whatever_its_size():
     """The scalar recursion of Adam, without the correction for its start."""
-    assert shrink.lift(0.9, 0.95) == pytest.approx(5.835, abs=1e-3)
+    assert shrink.lift(0.9, 0.95) == pytest.approx(5.837, abs=1e-3)
     assert shrink.lift(0.9, 0.8) == np.inf
     for size in (1e-6, 1.0):
         m, v, way = 0.1 * size, 0.05 * size**2, 0.0
@@ -108,6 +108,20 @@ def test_an_edge_lies_between_the_decays_beside_it_on_a_log_axis():
     assert forecast.crossing([0.01, 0.1], [1.0, 2.0], 3.0) is None
 
 
+def test_an_edge_below_all_decays_is_0():
+    assert forecast.edge([0.01, 0.1], [1.0, 2.0], 0.5) == 0
+    assert forecast.edge([0.01, 0.1], [0.0, 0.1], 0.5) is None
+
+
+def test_the_strength_of_a_context_is_that_of_the_dense_matrix():
+    tokens_N = np.random.default_rng(0).integers(0, 7, 500) ** 2 % 11
+    probs_V, context = forecast.frequencies(tokens_N, 11)
+    pairs = np.zeros((11, 11))
+    np.add.at(pairs, (tokens_N[:-1], tokens_N[1:]), 1 / 499)
+    dense = ((pairs - np.outer(pairs.sum(1), pairs.sum(0))) ** 2).sum()
+    assert context == pytest.approx(dense) and probs_V.sum() == pytest.approx(1)
+
+
 def test_schedules_start_at_the_peak_after_the_warm_up():
     for name in forecast.SCHEDULES:
         rates = forecast.rates(name, 2e-3, 10, 100)
@@ -124,17 +138,19 @@ def test_schedules_start_at_the_peak_after_the_warm_up():
 
 def test_the_report_s_schedule_is_two_stage():
     run, hyper = RunConfig(steps=1000), presets.RECIPES["coupled"](1000)
-    ours = forecast.of_run(Config(ModelConfig(layout="report"), run=run), hyper, ZIPF)[0].rates_T
+    ours = forecast.of_run(Config(ModelConfig(layout="report"), run=run), hyper, ZIPF, 3e-4)[
+        0
+    ].rates_T
     told = forecast.rates("two-stage", 1.5e-3, 375, 1000)
     np.testing.assert_allclose(ours[:375], told[:375], rtol=1e-5)
 
 
 def test_a_setting_of_ours_has_the_decays_of_both_stages_and_the_initialisation():
     cfg = Config(ModelConfig(layout="report", tied_embedding=False, d_model=64), run=RunConfig(100))
-    found, decay = forecast.of_run(cfg, presets.RECIPES["coupled"](100), ZIPF)
+    found, decay = forecast.of_run(cfg, presets.RECIPES["coupled"](100), ZIPF, 3e-4)
     assert decay == pytest.approx(0.1) and found.init == 1 / 8 and found.uniform
     np.testing.assert_allclose(found.shape_T, [1] * 50 + [0.5] * 50)
-    _, outside = forecast.of_run(cfg, presets.RECIPES["decoupled"](100), ZIPF)
+    _, outside = forecast.of_run(cfg, presets.RECIPES["decoupled"](100), ZIPF, 3e-4)
     assert outside == 0
 
 
@@ -153,9 +169,9 @@ def test_what_is_expected_depends_on_the_outcome_edge_and_its_error():
     assert "0.1" in forecast.warning(told()) and "\n" not in forecast.warning(told())
 
 
-def test_a_forecast_orders_its_edges_and_halves_the_spread_beyond_the_onset():
+def test_context_goes_before_word_frequencies_and_the_spread_is_halved_beyond_the_onset():
     found = forecast.forecast(setting(steps=200), 0.3)
-    assert found.onset < found.blind and found.outcome < found.blind
+    assert found.outcome < found.blind and found.onset < 0.3
     assert 0 < found.half_step < 200
     gentle = forecast.forecast(setting(steps=200), 1e-5)
     assert gentle.half_step is None and gentle.loss < found.loss

@@ -34,12 +34,12 @@ def main(argv: list[str]) -> int:
     from bitnet_jax import forecast
 
     flags.prepare()
-    probs_V = frequencies(args, request.cfg)
+    text = frequencies(args, request.cfg)
     if args.optimizer:
-        found = {"this setting": setting_of(args, probs_V)}
+        found = {"this setting": setting_of(args, *text)}
     else:
         found = {
-            rep.name: forecast.of_run(request.cfg, rep.hyper, probs_V) for rep in request.replicates
+            rep.name: forecast.of_run(request.cfg, rep.hyper, *text) for rep in request.replicates
         }
     for name, (setting, decay) in found.items():
         print("\n".join([f"{name}:", *forecast.lines(forecast.forecast(setting, decay))]))
@@ -89,17 +89,18 @@ def check_setting(args) -> None:
 
 
 def frequencies(args, cfg):
-    """Token frequencies [V] of the counts, the text or the configuration's corpus; UserError."""
+    """Token frequencies [V] of the counts, the text or the configuration's corpus, and the strength
+    of its context, that of English where counts are all there is; raises UserError."""
     from dataclasses import replace
 
-    from bitnet_jax import data, reference
+    from bitnet_jax import data, forecast, shrink
 
     if args.counts:
-        return counts_of(args.counts)
+        return counts_of(args.counts), shrink.Setting.context
     if args.text:
         cfg = replace(cfg, data=replace(cfg.data, corpus=f"text:{args.text}", validation=None))
     tokens = data.load(cfg.data)
-    return reference.unigram_probs(tokens.train_N, tokens.tokenizer.vocab_size)
+    return forecast.frequencies(tokens.train_N, tokens.tokenizer.vocab_size)
 
 
 def counts_of(path: Path):
@@ -124,7 +125,7 @@ def counts_of(path: Path):
     return counts_V / counts_V.sum()
 
 
-def setting_of(args, probs_V):
+def setting_of(args, probs_V, context: float):
     """The setting that the flags describe, and its decay inside Adam; raises UserError."""
     import numpy as np
 
@@ -139,9 +140,11 @@ def setting_of(args, probs_V):
     uniform, size = _init(args.init or f"uniform:{width**-0.5}")
     fan_in, fan_out = forecast.fans(width, args.layers, args.ff or 4 * width)
     rest = float(args.decay_on != "matrices")
+    # torch's defaults: an embedding of N(0, 1), matrices that keep a third of a variance of 1.
+    stream = math.sqrt((size**2 if args.tied else 1) + args.layers * 2 / 3)
     setting = shrink.Setting(
         probs_V, rates_T, np.ones(steps), width, args.tokens_per_batch, fan_in, fan_out, size,
-        uniform, embedding=size if args.tied else 1.0, ternary=args.ternary, beta1=beta1,
+        uniform, context=context, stream=stream, ternary=args.ternary, beta1=beta1,
         beta2=beta2, eps=args.eps, clip=args.clip, decay_head=rest, decay_norm=float(all_),
         decay_embedding=rest,
     )  # fmt: skip
