@@ -154,28 +154,37 @@ def edge(decays, values, level: float) -> float | None:
 
 def forecast(setting: shrink.Setting, decay: float) -> Forecast:
     """What is expected of a setting whose decay inside Adam is `decay` (0: none, or AdamW)."""
-    decays = sorted({*GRID, decay, COLLAPSED * decay} - {0.0})
-    path = shrink.mean_field(setting, [0.0, *decays])
-    p_V = np.asarray(setting.probs_V)
+    return forecasts(setting, [decay])[0]
+
+
+def forecasts(setting: shrink.Setting, decays: Sequence[float]) -> list[Forecast]:
+    """`forecast` of several decays, by one mean field."""
+    followed = sorted({0.0, *GRID, *decays, *(COLLAPSED * x for x in decays)})
+    path, above = shrink.mean_field(setting, followed), followed[1:]
+    p_V, steps = np.asarray(setting.probs_V), len(setting.rates_T)
     unigram, uniform = float(-(p_V * np.log(p_V)).sum()), math.log(len(p_V))
-    steps, i = len(setting.rates_T), ([0.0, *decays]).index(decay)
     cost = path.loss[-1, 1:] - unigram - path.reach[1:] * setting.context
-    onset = edge(decays, -least_spread(path, steps)[1:], -HALF)
-    outcome = edge(decays, cost, 0.0)
-    blind = edge(decays, path.loss[-1, 1:], (unigram + uniform) / 2)
-    collapsed = outcome is not None and decay > outcome
-    end = ([0.0, *decays]).index(COLLAPSED * decay if collapsed else decay)
-    return Forecast(
-        decay,
-        onset,
-        outcome,
-        None if blind is None else blind / COLLAPSED,
-        half_step(path, path.spread[:, i] / path.spread[0, i], steps),
-        *(float(x[end]) for x in (path.loss[-1], path.entropy[-1], path.alive, path.mass)),
-        unigram,
-        uniform,
-        bool(path.loss[-1, 0] - unigram > SHORT),
-    )
+    onset = edge(above, -least_spread(path, steps)[1:], -HALF)
+    outcome = edge(above, cost, 0.0)
+    blind = edge(above, path.loss[-1, 1:], (unigram + uniform) / 2)
+    found = []
+    for decay in decays:
+        collapsed = outcome is not None and decay > outcome
+        end = followed.index(COLLAPSED * decay if collapsed else decay)
+        ratio = path.spread[:, followed.index(decay)] / path.spread[0, 0]
+        told = Forecast(
+            decay,
+            onset,
+            outcome,
+            None if blind is None else blind / COLLAPSED,
+            half_step(path, ratio, steps),
+            *(float(x[end]) for x in (path.loss[-1], path.entropy[-1], path.alive, path.mass)),
+            unigram,
+            uniform,
+            bool(path.loss[-1, 0] - unigram > SHORT),
+        )
+        found.append(told)
+    return found
 
 
 def half_step(path: shrink.Path, ratio: np.ndarray, steps: int) -> float | None:

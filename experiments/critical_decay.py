@@ -74,8 +74,8 @@ def prospect(tokenizer: str, width: int, *parts: dict, **numbers) -> tuple:
 # Never run before their predictions were committed (results/critical_decay_predicted.json).
 PROSPECTS = {
     "P1 Python": prospect("bpe:700", 48, STDLIB),
-    "P2 Python, wide": prospect("bpe:1500", 96, STDLIB),
-    "P3 books": prospect("bpe:1024", 96),
+    "P2 Python, wider": prospect("bpe:1000", 80, STDLIB),
+    "P3 books": prospect("bpe:1024", 72),
     "P4 books, few tokens": prospect("bpe:300", 64),
     "P5 Python, b158": prospect(
         "bpe:1024", 64, STDLIB, {"model.layout": "b158", "model.tied_embedding": True}
@@ -85,13 +85,11 @@ PROSPECTS = {
         "bpe:700", 64, STDLIB, {"optim.beta2": 0.99}, lr_peak=3e-3
     ),
     "P8 books, short warm-up": prospect("bpe:700", 64, warmup_steps=10.0),
-    "P9 Python, 4 layers, 256": prospect(
-        "bpe:512", 48, STDLIB, {"model.n_layers": 4, "data.batch_size": 8}
-    ),
+    "P9 Python, 4 layers": prospect("bpe:512", 48, STDLIB, {"model.n_layers": 4}),
     "P10 books, rate 7e-4": prospect(
         "bpe:1500", 32, lr_peak=7e-4, lr_stage1_end=5e-4, lr_stage2_start=5e-4
     ),
-    "P11 Python, 512": prospect("bpe:300", 32, STDLIB, {"data.batch_size": 16}),
+    "P11 Python, 256 tokens": prospect("bpe:300", 32, STDLIB, {"data.batch_size": 8}),
     "P12 books, full precision": prospect("bpe:700", 64, weight_quant=0.0, act_quant=0.0),
     "P13 books, constant rate": prospect(
         "bpe:700", 48, lr_stage1_end=1.5e-3, lr_stage2_start=1.5e-3, lr_final=1.5e-3
@@ -155,12 +153,9 @@ def there(request: Request, group: arms.Group) -> list[dict]:
 
 
 def points(df, among) -> dict[str, tuple[dict, dict]]:
-    """What is told and what was measured of the points that have rows; raises NotEnough."""
+    """What is told and what was measured of the points that have both."""
     told, have = log.read_json(PREDICTED), {edges.split(arm)[0] for arm in df["arm"]}
-    found = {p: (told[p], edges.measured(df, p)) for p in among if p in have and p in told}
-    if not found:
-        raise NotEnough("no points")
-    return found
+    return {p: (told[p], edges.measured(df, p)) for p in among if p in have and p in told}
 
 
 def share(df, among, kind: str) -> float:

@@ -17,6 +17,7 @@ HALF = 0.5  # of the first logit spread, and of the seeds
 ALIVE = 0.1  # share of the mean initial norm that a row of the output matrix has while it is alive
 # What counts as right. Edges: a factor; step of half the spread: a share; loss: nats.
 EDGE_FACTOR, STEP_SHARE, LOSS_NATS = 2.0, 0.1, 0.3
+EDGES, KINDS = ("onset", "outcome", "blind"), ("half_step", "loss", "verdict")
 
 
 def onset(decays, least_spread_SN) -> float | None:
@@ -60,19 +61,23 @@ def split(arm: str) -> tuple[str, float]:
 
 def predicted(request: arms.Request, group: list[arms.Arm]) -> dict:
     """What `forecast` tells of the arms of one point, JSON values: edges, and by decay the rest."""
-    found: dict = {"decays": {}}
-    for arm in group:
-        cfg, (rep, *_), _ = arms.replicates(request, arm, 1)
-        tokens = data.load(cfg.data)
-        cfg = program.resolve_vocab(cfg, tokens.tokenizer.vocab_size)
-        text = forecast.frequencies(tokens.train_N, cfg.model.vocab_size)
-        told = forecast.forecast(*forecast.of_run(cfg, rep.hyper, *text))
-        found |= {name: short(getattr(told, name)) for name in ("onset", "outcome", "blind")}
-        found["decays"][f"{split(arm.name)[1]:g}"] = {
+    made = [arms.replicates(request, arm, 1) for arm in group]
+    cfg, numbers = made[-1][0], made[-1][1][0].hyper
+    tokens = data.load(cfg.data)
+    cfg = program.resolve_vocab(cfg, tokens.tokenizer.vocab_size)
+    text = forecast.frequencies(tokens.train_N, cfg.model.vocab_size)
+    setting, _ = forecast.of_run(cfg, numbers, *text)
+    decays = [split(arm.name)[1] for arm in group]
+    tells = forecast.forecasts(setting, decays)
+    found = {name: short(getattr(tells[0], name)) for name in EDGES}
+    found["decays"] = {
+        f"{decay:g}": {
             "half_step": short(told.half_step),
             "loss": short(told.loss),
             "expected": forecast.expected(told),
         }
+        for decay, told in zip(decays, tells, strict=True)
+    }
     return found
 
 
@@ -108,9 +113,6 @@ def measured(df: pd.DataFrame, point: str) -> dict:
 
 def short(x: float | None) -> float | None:
     return None if x is None else float(f"{x:.4g}")
-
-
-EDGES, KINDS = ("onset", "outcome", "blind"), ("half_step", "loss", "verdict")
 
 
 def judged(told: dict, found: dict) -> dict[str, list[bool]]:
