@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, config, config_file, data, generate, log, page, restore
+from bitnet_jax import checkpoint, config, config_file, data, forecast, generate, log, page, restore
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program, build
 from bitnet_jax.recorder import Recorder
@@ -77,6 +77,9 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
     state, start = restore.start_state(program, workdir)
     described = describe(program, settings)
     write_config(program, described, workdir)
+    if start == 0 and run.init is None:
+        for text in forecast.warnings(program.cfg, program.replicates, program.tokens.train_N):
+            print(f"warning: {text}")
     with contextlib.ExitStack() as stack:
         manager = checkpoint.open_manager(workdir, run)
         stack.callback(manager.close)
