@@ -21,6 +21,7 @@ from bitnet_jax.workdir import check_same, describe, fork_command, occupied, wri
 
 N_PROMPTS = 16  # held-out beginnings that every replicate continues at the end
 N_SHOWN = 3  # of them on the page
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR)
 
 
 class Interrupted(Exception):
@@ -65,8 +66,9 @@ def run(
             with jax.set_mesh(program.mesh), jax.default_matmul_precision(precision):
                 return _train(program, settings, workdir, stop_when_collapsed)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise UserError(f"{workdir}: cannot write: {error.strerror}") from error
+        if error.errno in UNWRITABLE:
+            place = error.filename2 or workdir
+            raise UserError(f"{place}: cannot write: {error.strerror}") from error
         raise
 
 

@@ -571,6 +571,14 @@ def test_what_was_there_before_a_failed_start_stays(tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
+def test_a_page_that_cannot_be_written_is_named(cfg, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    assert f"{folder / 'report.html'}: " in error_of(UserError, cfg, folder, resume=True)
+
+
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"", b"\xff\xfe", b"{}", None])
 def test_a_damaged_file_of_a_workdir_is_one_line_or_made_again(
