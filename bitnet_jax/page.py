@@ -15,7 +15,7 @@ from markupsafe import Markup
 from bitnet_jax import metrics
 from bitnet_jax.charts import MAX_POINTS, PALETTE, Series, line_chart, phase_portrait
 from bitnet_jax.config import UserError
-from bitnet_jax.log import Rows, read_thinned
+from bitnet_jax.log import Rows, read_sealed, read_thinned
 from bitnet_jax.metrics import METRICS, metric
 from bitnet_jax.verdict import ALARM, LABELS
 
@@ -63,24 +63,16 @@ def write_page(workdir: Path) -> Path:
     Raises UserError where there is no run, or where a file is damaged.
     """
     workdir = Path(workdir)
-    config, summary = _read_json(workdir / "config.json"), _read_json(workdir / "summary.json")
-    if config is None:
+    if not (workdir / "config.json").exists():
         raise UserError(f"{workdir}: holds no config.json, so there is no run to show")
+    config, ending = read_sealed(workdir / "config.json"), workdir / "summary.json"
+    summary = read_sealed(ending) if ending.exists() else {}
     rows = read_thinned(workdir / "metrics.jsonl", MAX_POINTS)
     path = workdir / "report.html"
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(render(workdir, config, rows, summary or {}), encoding="utf-8")
+    draft.write_text(render(workdir, config, rows, summary), encoding="utf-8")
     os.replace(draft, path)
     return path
-
-
-def _read_json(path):
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
 
 
 # --------------------------------------------------------------------------------------- the page

@@ -21,6 +21,7 @@ from bitnet_jax.workdir import check_same, describe, fork_command, occupied, wri
 
 N_PROMPTS = 16  # held-out beginnings that every replicate continues at the end
 N_SHOWN = 3  # of them on the page
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR)
 
 
 class Interrupted(Exception):
@@ -53,12 +54,11 @@ def run(
             settings = config_file.to_json(program.cfg, replicates)
             check_same(workdir, settings, program.tokens.identity)
             path = workdir / "summary.json"
-            if path.exists() and (summary := log.read_json(path)).get("finished"):
+            if path.exists() and (summary := log.read_sealed(path)).get("finished"):
                 place = f"{workdir}: finished before at step {summary.get('step')}"
                 longer = {"run.steps": 2 * cfg.run.steps}
                 print(f"{place}; to train longer: {fork_command(workdir, longer)}")
-                if steps := checkpoint.kept_steps(workdir):
-                    restore.check_rows(workdir, steps[-1])
+                restore.check_rows(workdir, summary["metrics"], "the run ended")
                 page.write_page(workdir)
                 return summary
             # float32 means float32: else a TPU multiplies it in bfloat16 and a GPU in TF32.
@@ -66,8 +66,9 @@ def run(
             with jax.set_mesh(program.mesh), jax.default_matmul_precision(precision):
                 return _train(program, settings, workdir, stop_when_collapsed)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise UserError(f"{workdir}: cannot write: {error.strerror}") from error
+        if error.errno in UNWRITABLE:
+            place = error.filename2 or workdir
+            raise UserError(f"{place}: cannot write: {error.strerror}") from error
         raise
 
 
@@ -99,9 +100,10 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
                 "resumed_from": start,
                 "wall_seconds": round(time.monotonic() - began, 1),
                 "tokens_per_second": round(recorder.progress.tokens_per_second, 1),
+                "metrics": log.seal(workdir / "metrics.jsonl"),
                 "replicates": [a | b for a, b in zip(recorder.outcomes(), decoded, strict=True)],
             }
-            log.write_json(workdir / "summary.json", summary)
+            log.write_sealed(workdir / "summary.json", summary)
             page.write_page(workdir)
         except KeyboardInterrupt as stop:
             text = f"stopped after step {step}, before the page was written, and saved"
