@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import config, hosts, log, metrics, optim, terminal, verdict
+from bitnet_jax import config, hosts, judging, log, metrics, optim, terminal, verdict
 from bitnet_jax.program import Program
 from bitnet_jax.train import TrainState
 
@@ -28,7 +28,7 @@ class Recorder:
         self.progress = terminal.Progress(
             reps, step, cfg.run.steps, tokens, silent=not hosts.is_first()
         )
-        self.judges = [verdict.Judge(program.references) for _ in reps]
+        self.judges = [judging.Judge(program.references) for _ in reps]
         self.sum_lr = [rate_sum(rep.hyper, cfg.run) for rep in reps]
         self.verdicts: dict[int, verdict.Verdict] = {}
         self.failed: dict[int, dict] = {}
