@@ -33,7 +33,7 @@ test-parity: $(TORCH)
 	$(RUN) -m pytest tests/parity
 
 $(TORCH): $(STAMP)
-	$(PIP) torch==2.13.0 accelerate==1.15.0 xllamacpp==2026.10.11549
+	$(PIP) torch==2.13.0 accelerate==1.15.0 lm_eval==0.4.13 xllamacpp==2026.10.11549
 	touch $@
 
 # Every table, figure and claim of the experiments, from their rows.

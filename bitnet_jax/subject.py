@@ -204,7 +204,7 @@ def open_hf(folder: Path, text: str | None) -> Subject:
 def on_text(cfg: data.DataConfig, text: str, tokenizer: str) -> data.DataConfig:
     """The same windows of another text, of which a part is held out."""
     length = min(cfg.seq_len, LONGEST)
-    corpus = {"corpus": f"text:{text}", "validation": None, "tokenizer": tokenizer}
+    corpus = {"corpus": f"text:{text}", "validation": None, "tokenizer": tokenizer, "prompt": None}
     return replace(cfg, seq_len=length, **corpus)
 
 

@@ -138,6 +138,7 @@ def run_card(workdir: Path, step: int, index: int | None):
         steps=cfg.run.steps,
         tokens=step * cfg.data.batch_size * cfg.data.seq_len,
         text=f"{corpus['source']}, sha256 {corpus['sha256']}" if corpus else None,
+        verdict=row.get("collapse/verdict"),
         commit=described.get("provenance", {}).get("git_commit"),
         **losses,
     )
@@ -190,7 +191,7 @@ def evaluate(cfg, params, hyper, tokenizer) -> dict[str, float]:
 
     tokens, n_vocab = data.load(cfg.data), cfg.model.vocab_size
     held_out = data.small_block(cfg.data, data.held_out_windows(cfg.data, tokens))
-    unigram_V = reference.unigram_probs(tokens.train_N, n_vocab)
+    unigram_V = reference.unigram_probs(tokens.train_N, n_vocab, scored_N=tokens.train_scored_N)
     bytes_V = np.pad(tokenizer.token_bytes_V, (0, n_vocab - tokenizer.vocab_size))
     evals = train.EvalData(
         small=held_out,
