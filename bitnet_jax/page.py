@@ -45,6 +45,13 @@ STANDARD_ERRORS = {  # number -> its standard error, shown beside it
 PREDICTORS = ("unigram", "bigram", "uniform", "targets")  # keys of config.json's references
 PREDICTOR_NAMES = {"targets": "text"}
 SHOWN_LINE_BREAKS = 2
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
 
 
 # -------------------------------------------------------------------------------------- the files
@@ -76,14 +83,7 @@ def render(workdir: Path, config: dict, rows: Rows, summary: dict) -> str:
     names = list(dict.fromkeys(rep["name"] for rep in config["replicates"]))
     charts = draw_charts(config, rows)
     groups = outcomes(workdir, config, rows, summary)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("run.html.jinja").render(
+    return TEMPLATES.get_template("run.html.jinja").render(
         title=workdir.resolve().name,
         colors={name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)},
         headline=", ".join(f"{group['name']} {group['outcome']}" for group in groups),
@@ -130,12 +130,12 @@ def outcomes(workdir: Path, config: dict, rows: Rows, summary: dict) -> list[dic
             continue
         judged = _judged(rows.last.get(i, {}), at_end.get(i, {}))
         name = judged["verdict"]
-        severity, outcome, advice = LABELS.get(name, LABELS["insufficient_data"])
+        severity, outcome, advice, _ = LABELS.get(name, LABELS["insufficient_data"])
         group = {
             "name": rep["name"],
             "verdict": name,
             "outcome": outcome,
-            "state": _state(name, severity),
+            "state": state(name, severity),
             "next": judged["next"] or advice,
             "command": _command(workdir, config, summary, name, i),
             "replicates": [],
@@ -158,7 +158,7 @@ def _judged(row, at_end) -> dict:
     return judged
 
 
-def _state(name, severity) -> str:
+def state(name, severity) -> str:
     """One of good, open, caution, alarm: how the page colours a verdict."""
     return "good" if name == "healthy" else ("open", "caution", "alarm")[severity]
 

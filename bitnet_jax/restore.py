@@ -93,7 +93,7 @@ def load_model(source: str) -> Model:
     """The model of `WORKDIR[@STEP[:REPLICATE]]` or of a Hugging Face folder; raises UserError."""
     if is_hf_folder(Path(source)):
         cfg, params, tokenizer = hf.load(Path(source))
-        return Model(source, cfg, config.Hyper(), params, tokenizer)
+        return Model(source, cfg, hf.strengths(Path(source), cfg.model), params, tokenizer)
     workdir, step, index = checkpoint_place(source)
     cfg, replicate, state = load_replicate(workdir, step, index or 0)
     label = f"{workdir}@{step}:{index or 0} ({replicate.name}, seed {replicate.seed})"
@@ -180,8 +180,8 @@ def imported_state(program: Program, folder: Path) -> train.TrainState:
         raise UserError(f"{start}: packed weights cannot be trained; export the master weights")
     if tokenizer.key != program.tokens.tokenizer.key:
         raise UserError(
-            f"{start}: not its tokenizer: data.tokenizer={program.cfg.data.tokenizer} differs; set "
-            f"data.tokenizer=hf:{folder}"
+            f"{start}: not its tokenizer: data.tokenizer={program.cfg.data.tokenizer} differs; add "
+            f"--set data.tokenizer=hf:{folder}"
         )
     differing = [
         f"model.{name}={value}"
@@ -189,7 +189,7 @@ def imported_state(program: Program, folder: Path) -> train.TrainState:
         if value != getattr(ours, name)
     ]
     if differing:
-        raise UserError(f"{start}: another model; set {' '.join(differing)}")
+        raise UserError(f"{start}: another model; add --set {' --set '.join(differing)}")
     groups, n_rep = optim.param_groups(params), len(program.replicates)
 
     def replicated(tree):

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, config, config_file, generate, log, page, restore
+from bitnet_jax import checkpoint, config, config_file, data, forecast, generate, log, page, restore
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program, build
 from bitnet_jax.recorder import Recorder
@@ -78,6 +78,9 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
     state, start = restore.start_state(program, workdir)
     described = describe(program, settings)
     write_config(program, described, workdir)
+    if start == 0 and run.init is None:
+        for text in forecast.warnings(program.cfg, program.replicates, program.tokens.train_N):
+            print(f"warning: {text}")
     with contextlib.ExitStack() as stack:
         manager = checkpoint.open_manager(workdir, run)
         stack.callback(manager.close)
@@ -181,13 +184,13 @@ def continuations(program: Program, state: TrainState) -> list[dict]:
     tokenizer, held_out_N = program.tokens.tokenizer, program.tokens.validation_N
     n_prompt = program.cfg.data.seq_len // 2
     n_new, end = max(32, n_prompt), np.array(tokenizer.ends)  # loops need some length to be seen
-    starts_B = np.linspace(0, max(0, len(held_out_N) - n_prompt - n_new), N_PROMPTS).astype(int)
+    starts_B, lengths_B = data.beginnings(program.tokens, N_PROMPTS, n_prompt, n_new)
     windows_BL = starts_B[:, None] + np.arange(n_prompt + n_new)
     tokens_BL = held_out_N.take(windows_BL, mode="wrap").astype(np.int32)
     decode = partial(
         generate.generate,
         *(program.cfg, state.params, program.hyper, tokens_BL[:, :n_prompt]),
-        *(np.full(N_PROMPTS, n_prompt), n_new),
+        *(lengths_B, n_new),
         seed=0,
         end_of_text=end,
     )
@@ -199,7 +202,7 @@ def continuations(program: Program, state: TrainState) -> list[dict]:
         kinds = {
             "greedy": greedy_RBN[i],
             "sampled": sampled_RBN[i],
-            "text": tokens_BL[:, n_prompt:],
+            "text": np.take_along_axis(tokens_BL, lengths_B[:, None] + np.arange(n_new), axis=1),
         }
         decoded = {
             f"decode/{kind}_{name}": float(f"{value:.5g}")
@@ -209,7 +212,7 @@ def continuations(program: Program, state: TrainState) -> list[dict]:
         }
         texts = [
             {
-                "prompt": tokenizer.decode(tokens_BL[b, :n_prompt]),
+                "prompt": tokenizer.decode(tokens_BL[b, : lengths_B[b]]),
                 "text": tokenizer.decode(generate.until_end(greedy_RBN[i, b], end)),
                 "sampled": tokenizer.decode(generate.until_end(sampled_RBN[i, b], end)),
             }

@@ -70,7 +70,7 @@ def make_config(names=("coupled", "published"), seeds=(0,), **changes):
 def judged(name, warnings=()):
     """The columns of a verdict; its evidence holds what HTML would take for a tag."""
     keys = ("verdict", "evidence", "next", "warnings")
-    values = (name, f"why {name}: loss < 7", LABELS[name][-1], list(warnings))
+    values = (name, f"why {name}: loss < 7", LABELS[name].next, list(warnings))
     return {f"collapse/{key}": value for key, value in zip(keys, values, strict=True)}
 
 
@@ -272,7 +272,7 @@ def test_evidence_and_warnings_stand_above_the_charts_with_their_replicate(tmp_p
     fine, dead = re.findall(r'<section class="card outcome.*?</section>', text, re.DOTALL)
     assert text.index(dead) < text.index("<figure>")
     assert "coupled" in dead and "why dead: loss &lt; 7" in dead
-    assert escape(LABELS["dead"][-1]) in dead
+    assert escape(LABELS["dead"].next) in dead
     assert re.findall(r'"warning">(.*?)<', dead) == ["norm &lt;= 0.5", "drifts"]
     assert "why healthy" in fine and '"warning"' not in fine
     assert ("alarm" in dead, "alarm" in fine) == (True, False)

@@ -22,6 +22,7 @@ from bitnet_jax import (
     checkpoint,
     config_file,
     data,
+    judging,
     log,
     optim,
     presets,
@@ -167,7 +168,7 @@ def test_rows_and_summary_hold_the_verdict_of_the_history(cfg, finished):
     for i, rep in enumerate(replicates_of(cfg)):
         rates = np.asarray(optim.learning_rate(rep.hyper, np.arange(1, STEPS + 1), cfg.run))
         sum_lr = np.cumsum([0.0, *rates.astype(float)])
-        judge, train = verdict.Judge(references), {}
+        judge, train = judging.Judge(references), {}
         for row in (row for row in rows if row["replicate"] == i):
             if row["kind"] == "train":
                 train = row

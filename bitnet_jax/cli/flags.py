@@ -239,10 +239,11 @@ def _add_base(parser, preset: str) -> None:
     )
 
 
-def add_source(parser: Parser) -> None:
+def add_source(parser: Parser, optional: bool = False) -> None:
     """Add the model that a command is about."""
     parser.add_argument(
         "source",
+        nargs="?" if optional else None,
         metavar="SOURCE",
         help="WORKDIR[@STEP[:REPLICATE]] (default: last step, replicate 0), or a folder of "
         "Hugging Face's transformers",
