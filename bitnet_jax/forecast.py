@@ -218,11 +218,11 @@ def lines(told: Forecast) -> list[str]:
         f"onset {_decay(told.onset)}, outcome {_decay(told.outcome)}, blind {_decay(told.blind)}"
     )
     found = [
-        f"  edges of decay inside Adam: {edges} (each within a factor {WITHIN:g})",
+        f"  edges of decay inside Adam: {edges}",
         f"  decay inside Adam here: {told.decay:g}, {_place(told)}",
         f"  expected: {expected(told)}",
     ]
-    if told.half_step is not None:
+    if told.half_step is not None and told.decay:
         found.append(f"  half of the first logit spread at step {told.half_step:.0f}")
     if told.blind is not None and told.decay > told.blind / WITHIN:
         found.append(
