@@ -64,11 +64,12 @@ STDLIB = {"data.corpus": "stdlib"}
 T400 = {"run.steps": 400}
 
 
-def prospect(tokenizer: str, width: int, *parts: dict, **numbers) -> tuple:
+def prospect(tokenizer: str, width: int, *parts: dict, first: int = 4, **numbers) -> tuple:
+    """A point of decays from DECAYS[first] to 0.3."""
     fields = {"data.tokenizer": tokenizer, "model.d_model": width, "model.d_ff": 2 * width} | T400
     for part in parts:
         fields |= part
-    return fields, numbers, 3, 5
+    return fields, numbers, first, 8 - first
 
 
 # Never run before their predictions were committed (results/critical_decay_predicted.json).
@@ -76,18 +77,20 @@ PROSPECTS = {
     "P1 Python": prospect("bpe:700", 48, STDLIB),
     "P2 Python, wider": prospect("bpe:1000", 80, STDLIB),
     "P3 books": prospect("bpe:1024", 72),
-    "P4 books, few tokens": prospect("bpe:300", 64),
+    "P4 books, few tokens": prospect("bpe:300", 64, first=3),
     "P5 Python, b158": prospect(
-        "bpe:1024", 64, STDLIB, {"model.layout": "b158", "model.tied_embedding": True}
+        "bpe:1024", 64, STDLIB, {"model.layout": "b158", "model.tied_embedding": True}, first=3
     ),
-    "P6 books, clip 0.3": prospect("bpe:1024", 64, {"optim.clip_norm": 0.3, "data.batch_size": 2}),
+    "P6 books, clip 0.3": prospect(
+        "bpe:1024", 64, {"optim.clip_norm": 0.3, "data.batch_size": 2}, first=3
+    ),
     "P7 Python, beta2 0.99, rate 3e-3": prospect(
         "bpe:700", 64, STDLIB, {"optim.beta2": 0.99}, lr_peak=3e-3
     ),
-    "P8 books, short warm-up": prospect("bpe:700", 64, warmup_steps=10.0),
+    "P8 books, short warm-up": prospect("bpe:700", 64, first=3, warmup_steps=10.0),
     "P9 Python, 4 layers": prospect("bpe:512", 48, STDLIB, {"model.n_layers": 4}),
     "P10 books, rate 7e-4": prospect(
-        "bpe:1500", 32, lr_peak=7e-4, lr_stage1_end=5e-4, lr_stage2_start=5e-4
+        "bpe:1500", 32, first=3, lr_peak=7e-4, lr_stage1_end=5e-4, lr_stage2_start=5e-4
     ),
     "P11 Python, 256 tokens": prospect("bpe:300", 32, STDLIB, {"data.batch_size": 8}),
     "P12 books, full precision": prospect("bpe:700", 64, weight_quant=0.0, act_quant=0.0),
