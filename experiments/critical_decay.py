@@ -28,15 +28,9 @@ from experiments.lab.arms import Arm, Request
 from experiments.lab.claims import Claim
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import NotEnough
+from experiments.lab.studies import STAR_BOOKS, STAR_PYTHON, STAR_SIZE
 
 PREDICTED = rows.FOLDER / "critical_decay_predicted.json"
-SIZE = (
-    *("model.layout=report", "model.tied_embedding=false", "model.rope_theta=10000"),
-    *("model.d_model=64", "model.n_layers=2", "model.d_ff=128", "data.tokenizer=bpe:2048"),
-    *("data.seq_len=32", "data.batch_size=4", "data.eval_batches=4"),
-    *("run.steps=600", "run.eval_every=10"),
-)
-
 DECAYS = tuple(round(10 ** (k / 2), 6) for k in range(-8, 1))  # 1e-4 .. 1, two a decade
 # Name of a point: what it changes (fields, numbers), index of its least decay in DECAYS, how many.
 STAR = {
@@ -169,7 +163,22 @@ def share(df, among, kind: str) -> float:
     return sum(marks) / len(marks)
 
 
-CLAIMS: tuple[Claim, ...] = ()
+def all_right(df, kind: str) -> bool:
+    """Whether everything that was told of a kind before the prospective runs is right."""
+    return share(df, PROSPECTS, kind) == 1
+
+
+BEFORE = "told before training, nothing fitted: every"
+TOLD = {
+    "onset": f"{BEFORE} onset edge, within a factor of 2",
+    "outcome": f"{BEFORE} outcome edge, within a factor of 2",
+    "half_step": f"{BEFORE} step of half the logit spread, within 10 %",
+    "verdict": f"{BEFORE} verdict away from the told outcome edge",
+}
+CLAIMS = tuple(
+    Claim(kind, text, functools.partial(all_right, kind=kind), STAR_BOOKS, STAR_PYTHON)
+    for kind, text in TOLD.items()
+)
 
 
 def show(df, exhibits) -> None:
@@ -181,4 +190,4 @@ if __name__ == "__main__":
     predicting = "--predict" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--predict"]
     train = functools.partial(train, predicting=predicting)
-    experiment(__doc__, ARMS, None, CLAIMS, show, quick=SIZE, train=train)
+    experiment(__doc__, ARMS, None, CLAIMS, show, quick=STAR_SIZE, train=train)
