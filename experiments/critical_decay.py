@@ -55,41 +55,48 @@ STAR = {
     "512 tokens at 8192": ({"data.tokenizer": "bpe:8192", "data.batch_size": 16}, {}, 2, 5),
 }
 STDLIB = {"data.corpus": "stdlib"}
-T400 = {"run.steps": 400}
 
 
-def prospect(tokenizer: str, width: int, *parts: dict, first: int = 4, **numbers) -> tuple:
-    """A point of decays from DECAYS[first] to 0.3."""
-    fields = {"data.tokenizer": tokenizer, "model.d_model": width, "model.d_ff": 2 * width} | T400
-    for part in parts:
+def prospect(
+    tokenizer: str, width: int, *parts: dict, first: int = 4, last: int = 6, **numbers
+) -> tuple:
+    """A point of the decays DECAYS[first .. last]."""
+    fields = {"data.tokenizer": tokenizer, "model.d_model": width, "model.d_ff": 2 * width}
+    for part in ({"run.steps": 400}, *parts):
         fields |= part
-    return fields, numbers, first, 8 - first
+    return fields, numbers, first, last - first + 1
 
 
 # Never run before their predictions were committed (results/critical_decay_predicted.json).
 PROSPECTS = {
-    "P1 Python": prospect("bpe:700", 48, STDLIB),
+    "P1 Python": prospect("bpe:700", 48, STDLIB, last=7),
     "P2 Python, wider": prospect("bpe:1000", 80, STDLIB),
     "P3 books": prospect("bpe:1024", 72),
-    "P4 books, few tokens": prospect("bpe:300", 64, first=3),
+    "P4 books, few tokens": prospect("bpe:300", 64, first=3, last=7),
     "P5 Python, b158": prospect(
         "bpe:1024", 64, STDLIB, {"model.layout": "b158", "model.tied_embedding": True}, first=3
     ),
     "P6 books, clip 0.3": prospect(
-        "bpe:1024", 64, {"optim.clip_norm": 0.3, "data.batch_size": 2}, first=3
+        "bpe:1024", 64, {"optim.clip_norm": 0.3, "data.batch_size": 2}, first=3, last=5
     ),
     "P7 Python, beta2 0.99, rate 3e-3": prospect(
         "bpe:700", 64, STDLIB, {"optim.beta2": 0.99}, lr_peak=3e-3
     ),
-    "P8 books, short warm-up": prospect("bpe:700", 64, first=3, warmup_steps=10.0),
+    "P8 books, short warm-up": prospect("bpe:700", 64, first=3, last=7, warmup_steps=10.0),
     "P9 Python, 4 layers": prospect("bpe:512", 48, STDLIB, {"model.n_layers": 4}),
     "P10 books, rate 7e-4": prospect(
-        "bpe:1500", 32, first=3, lr_peak=7e-4, lr_stage1_end=5e-4, lr_stage2_start=5e-4
+        "bpe:1500", 32, first=3, last=5, lr_peak=7e-4, lr_stage1_end=5e-4, lr_stage2_start=5e-4
     ),
-    "P11 Python, 256 tokens": prospect("bpe:300", 32, STDLIB, {"data.batch_size": 8}),
-    "P12 books, full precision": prospect("bpe:700", 64, weight_quant=0.0, act_quant=0.0),
+    "P11 Python, 256 tokens": prospect("bpe:300", 32, STDLIB, {"data.batch_size": 8}, last=7),
+    "P12 books, full precision": prospect("bpe:700", 64, last=7, weight_quant=0.0, act_quant=0.0),
     "P13 books, constant rate": prospect(
-        "bpe:700", 48, lr_stage1_end=1.5e-3, lr_stage2_start=1.5e-3, lr_final=1.5e-3
+        "bpe:700",
+        48,
+        first=3,
+        last=7,
+        lr_stage1_end=1.5e-3,
+        lr_stage2_start=1.5e-3,
+        lr_final=1.5e-3,
     ),
 }
 POINTS = STAR | PROSPECTS
