@@ -9,14 +9,16 @@ Measured at each point:
 - outcome edge: the decay at which half of the seeds have not learned at the last step;
 - blind edge: the decay at which the mean loss is midway between the unigram's and ln V;
 - the step of half the spread;
-- depth: loss and entropy of the large block at the end, rows of the output matrix that are alive
-  (norm above a tenth of the mean initial one), and the share of the text that their tokens make.
+- depth: loss at the end, rows of the output matrix that are alive, and their share of the text.
 
-Predicted before training: `bitnet_jax.shrink`. A prediction is right when an edge is within a
-factor of 2, a step of half the spread within 10 %, a collapsed state's loss within 0.3 nats, and a
-verdict (learned in most seeds or not) the same; `lab.edges` has the definitions.
+Predicted before training: `bitnet_jax.forecast`, of which one number is fitted, on three points.
+`lab.edges` has the definitions and the tolerances that count as right. PROSPECTS were predicted and
+committed before they were run.
 
     python -m experiments.critical_decay --set data.corpus=text:books.validation.txt.xz
+    python -m experiments.critical_decay --predict ...   # tell, and run nothing
+
+Goes when the law is tested at full size.
 """
 
 import functools
