@@ -57,6 +57,7 @@ STAR = {
     "512 tokens at 8192": ({"data.tokenizer": "bpe:8192", "data.batch_size": 16}, {}, 2, 5),
 }
 STDLIB = {"data.corpus": "stdlib"}
+CONSTANT = {"lr_stage1_end": 1.5e-3, "lr_stage2_start": 1.5e-3, "lr_final": 1.5e-3}
 
 
 def prospect(
@@ -91,15 +92,7 @@ PROSPECTS = {
     ),
     "P11 Python, 256 tokens": prospect("bpe:300", 32, STDLIB, {"data.batch_size": 8}, last=7),
     "P12 books, full precision": prospect("bpe:700", 64, last=7, weight_quant=0.0, act_quant=0.0),
-    "P13 books, constant rate": prospect(
-        "bpe:700",
-        48,
-        first=3,
-        last=7,
-        lr_stage1_end=1.5e-3,
-        lr_stage2_start=1.5e-3,
-        lr_final=1.5e-3,
-    ),
+    "P13 books, constant rate": prospect("bpe:700", 48, first=3, last=7, **CONSTANT),
 }
 POINTS = STAR | PROSPECTS
 
