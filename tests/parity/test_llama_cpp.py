@@ -27,6 +27,7 @@ SHAPES = {
 # Largest |delta log p| over the vocabulary, in nats: that of float32 is the claim; float16 rounds
 # embedding and scales, and the ternary types quantise activations in blocks of 256.
 WITHIN = {"f32": 0.02, "f16": 0.03, "tq2_0": 0.5, "tq1_0": 0.5}
+EXACT = ("f32", "f16")  # have our likeliest token; the others one that is about as likely
 CLOSE = 0.2  # nats between two tokens of which either may come first
 
 
@@ -41,6 +42,8 @@ def random_model(shape):
     """Weights under which probabilities spread over a few nats, as a trained model's do."""
     cfg, params = hf_models.random_model(shape, 0)
     params["final_norm"]["scale"] *= 0.3
+    if "head" in params:
+        params["head"]["kernel"] *= 0.3
     return cfg, params
 
 
@@ -66,7 +69,8 @@ def test_probabilities_and_the_likeliest_token_agree(model, tokenizer, tmp_path,
         for length in (1, 5, len(row)):
             theirs_V, ours_V = llama.log_probs(row[:length]), ours_LV[length - 1]
             assert np.abs(theirs_V - ours_V).max() < WITHIN[kind]
-            assert theirs_V.argmax() == ours_V.argmax()
+            behind = ours_V.max() - ours_V[theirs_V.argmax()]
+            assert behind <= (0 if kind in EXACT else CLOSE)
 
 
 def test_a_llama_file_without_the_order_of_rotary_pairs_is_another_model(tokenizer, tmp_path):
