@@ -153,8 +153,10 @@ def heal_compiled(folder: Path) -> None:
     read, warns at every start, and compiles again each time.
     """
     for entry in folder.glob("*-cache"):
-        if not entry.with_name(entry.name.removesuffix("cache") + "atime").is_file():
+        used = entry.with_name(entry.name.removesuffix("cache") + "atime")
+        if not used.is_file():
             _remove(entry)
+            _remove(used)
 
     def show(message, *place, tell=warnings.showwarning, **more):
         if not (damaged := UNREADABLE.match(str(message))):

@@ -131,7 +131,17 @@ class Forecast:
     mass: float
     unigram: float
     uniform: float
-    short: bool = False  # the run is too short to learn word frequencies without any decay
+    undecayed: float  # the loss without any decay
+
+    @property
+    def short(self) -> bool:
+        """Whether the run is too short to learn word frequencies even without decay."""
+        return self.undecayed - self.unigram > SHORT
+
+    @property
+    def costs(self) -> bool:
+        """Whether the decay makes a run that is too short clearly worse, too."""
+        return self.loss - self.undecayed > SHORT
 
 
 def frequencies(tokens_N, vocab_size: int) -> tuple[np.ndarray, float]:
@@ -181,7 +191,7 @@ def forecasts(setting: shrink.Setting, decays: Sequence[float]) -> list[Forecast
             *(float(x[end]) for x in (path.loss[-1], path.entropy[-1], path.alive, path.mass)),
             unigram,
             uniform,
-            bool(path.loss[-1, 0] - unigram > SHORT),
+            float(path.loss[-1, 0]),
         )
         found.append(told)
     return found
@@ -209,6 +219,8 @@ def expected(told: Forecast) -> str:
     short` for a run that learns nothing even without decay."""
     if not told.decay or told.outcome is None or told.decay < told.outcome / WITHIN:
         return TOO_SHORT if told.short else NO_COLLAPSE
+    if told.short and not told.costs:
+        return TOO_SHORT
     return COLLAPSE if told.decay > told.outcome * WITHIN else EDGE
 
 
@@ -218,11 +230,11 @@ def lines(told: Forecast) -> list[str]:
         f"onset {_decay(told.onset)}, outcome {_decay(told.outcome)}, blind {_decay(told.blind)}"
     )
     found = [
-        f"  edges of decay inside Adam: {edges} (each within a factor {WITHIN:g})",
+        f"  edges of decay inside Adam: {edges}",
         f"  decay inside Adam here: {told.decay:g}, {_place(told)}",
         f"  expected: {expected(told)}",
     ]
-    if told.half_step is not None:
+    if told.half_step is not None and told.decay:
         found.append(f"  half of the first logit spread at step {told.half_step:.0f}")
     if told.blind is not None and told.decay > told.blind / WITHIN:
         found.append(

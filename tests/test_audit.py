@@ -182,6 +182,9 @@ def test_decay_audit_of_decoupled_decay_is_the_product(untied):
         expected = found[f"decay_expected_{group}"]
         assert found[f"decay_factor_{group}"] == pytest.approx(expected, rel=1e-5)
         assert found[f"decay_spread_{group}"] < 1e-5 and found[f"decay_unscaled_{group}"] == 0
+    hyper = subject.arrays(s.program.replicates[0].hyper)
+    bias = updates.decay_numbers(s.program, hyper, {"output_bias": jnp.ones(3)})
+    assert bias["decay_factor_bias"] == bias["decay_expected_bias"] == 1
 
 
 def test_decay_audit_tells_unscaled_from_coupled(untied):

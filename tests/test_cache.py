@@ -141,8 +141,10 @@ def test_compiled_programs_that_are_half_written_or_damaged_go(tmp_path, capsys,
         (tmp_path / f"{name}-cache").write_bytes(b"program")
         (tmp_path / f"{name}-atime").write_bytes(b"time")
     (tmp_path / "jit_g-3-atime").unlink()
+    (tmp_path / "jit_f-1-atime").unlink()
+    (tmp_path / "jit_f-1-atime").mkdir()
     cache.heal_compiled(tmp_path)
-    assert {p.name[:7] for p in tmp_path.iterdir()} == {"jit_f-0", "jit_f-1", "jit_g-2"}
+    assert {p.name[:7] for p in tmp_path.iterdir()} == {"jit_f-0", "jit_g-2"}
     text = "Error reading persistent compilation cache entry for 'jit_f': error: Error -3"
     warnings.showwarning(text, UserWarning, "compiler.py", 1)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["jit_g-2-atime", "jit_g-2-cache"]

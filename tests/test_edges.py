@@ -10,7 +10,7 @@ from experiments.lab import edges, rows
 def test_onset_is_where_the_middle_seed_halves_its_spread():
     least = [[0.9, 0.6, 0.4], [0.9, 0.6, 0.4], [0.9, 0.9, 0.9]]
     assert edges.onset([0.01, 0.1, 1.0], least) == pytest.approx(10**-0.5)
-    assert edges.onset([0.01, 0.1, 1.0], [[0.4, 0.3, 0.2]]) is None
+    assert edges.onset([0.01, 0.1, 1.0], [[0.4, 0.3, 0.2]]) == 0
 
 
 def test_outcome_is_where_half_of_the_seeds_have_not_learned():
@@ -21,13 +21,20 @@ def test_outcome_is_where_half_of_the_seeds_have_not_learned():
 
 def test_blind_is_half_way_from_the_unigram_to_uniform():
     assert edges.blind([0.01, 0.1], [[6.0, 8.0]], 6.0, 8.0) == pytest.approx(10**-1.5)
-    assert edges.blind([0.01, 0.1], [[7.5, 8.0]], 6.0, 8.0) is None
+    assert edges.blind([0.01, 0.1], [[7.5, 8.0]], 6.0, 8.0) == 0
 
 
 @pytest.mark.parametrize(("told", "right"), [(0.051, True), (0.199, True), (0.049, False)])
 def test_an_edge_is_right_within_a_factor_of_2(told, right):
-    assert edges.right_edge(told, 0.1) is right
-    assert edges.right_edge(None, 0.1) is None
+    assert edges.right_edge(told, 0.1, [0.01, 1.0]) is right
+
+
+def test_an_edge_beyond_the_decays_that_were_run_can_only_be_told_wrong():
+    assert edges.right_edge(None, 0.1, [0.01, 1.0]) is False
+    assert edges.right_edge(0.1, None, [0.01, 1.0]) is False
+    assert edges.right_edge(0.6, None, [0.01, 1.0]) is None
+    assert edges.right_edge(0.1, 0.0, [0.01, 1.0]) is False
+    assert edges.right_edge(0.015, 0.0, [0.01, 1.0]) is None
 
 
 TOLD = {
@@ -53,7 +60,7 @@ FOUND = {
 
 def test_a_point_is_judged_kind_by_kind():
     marks = edges.judged(TOLD, FOUND)
-    assert marks["onset"] == [True] and marks["outcome"] == [] and marks["blind"] == [False]
+    assert marks["onset"] == [True] and marks["outcome"] == [False] and marks["blind"] == [False]
     assert marks["half_step"] == [True] and marks["loss"] == [False]
     assert marks["verdict"] == [True, False]
     heads, lines = edges.table({"here": (TOLD, FOUND)})

@@ -156,7 +156,7 @@ def test_a_setting_of_ours_has_the_decays_of_both_stages_and_the_initialisation(
 
 def told(**changed):
     base = dict(decay=0.1, onset=0.01, outcome=0.02, blind=0.05, half_step=70.0, loss=5.0)
-    base |= dict(entropy=5.5, alive=3.0, mass=0.2, unigram=4.0, uniform=5.7)
+    base |= dict(entropy=5.5, alive=3.0, mass=0.2, unigram=4.0, uniform=5.7, undecayed=4.1)
     return forecast.Forecast(**base | changed)
 
 
@@ -166,6 +166,8 @@ def test_what_is_expected_depends_on_the_outcome_edge_and_its_error():
     for harmless in (told(decay=0.0), told(decay=1e-3), told(outcome=None)):
         assert forecast.expected(harmless) == "no collapse by decay"
         assert forecast.warning(harmless) is None
+    assert forecast.expected(told(undecayed=4.9)) == "too short"
+    assert forecast.expected(told(undecayed=4.5)) == "collapse"
     assert "0.1" in forecast.warning(told()) and "\n" not in forecast.warning(told())
 
 

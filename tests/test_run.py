@@ -283,9 +283,10 @@ def test_resuming_on_another_corpus_is_refused(cfg, finished, tmp_path):
 
 
 def test_vocab_mismatch_names_both_sizes(cfg, tmp_path):
-    other = replace(cfg, model=replace(cfg.model, vocab_size=299))
-    message = error_of(UserError, other, tmp_path / "run")
-    assert "model.vocab_size=299" in message and "bpe:300 has 300 tokens" in message
+    for size in (299, 301):
+        other = replace(cfg, model=replace(cfg.model, vocab_size=size))
+        message = error_of(UserError, other, tmp_path / "run")
+        assert f"model.vocab_size={size}" in message and "bpe:300 has 300 tokens" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -24,33 +24,40 @@ def onset(decays, least_spread_SN) -> float | None:
     """The decay at which half of the S seeds reach half of the initial logit spread in stage 1.
 
     `least_spread_SN`: the least share of the first spread over the evaluations of stage 1, by seed
-    and decay. None: none of the decays does it, or the least of them does already.
+    and decay. None: none of the decays does it; 0: the least of them does already.
     """
     middle_N = np.median(np.asarray(least_spread_SN, float), axis=0)
-    return crossing(decays, middle_N, HALF) if middle_N[0] > HALF else None
+    return crossing(decays, middle_N, HALF) if middle_N[0] > HALF else 0.0
 
 
 def outcome(decays, learned_SN) -> float | None:
     """The decay at which half of the seeds have not learned (`verdict.learned`) at the last step.
 
-    None: all decays learn, or already the least does not.
+    None: all decays learn; 0: already the least does not.
     """
     share_N = np.mean(np.asarray(learned_SN, float), axis=0)
-    return crossing(decays, share_N, HALF) if share_N[0] > HALF else None
+    return crossing(decays, share_N, HALF) if share_N[0] > HALF else 0.0
 
 
 def blind(decays, loss_SN, unigram: float, uniform: float) -> float | None:
     """The decay at which the mean loss passes the middle between unigram's and ln V: the word
-    frequencies are half lost. None as for the others."""
+    frequencies are half lost. None and 0 as for the others."""
     mean_N, middle = np.mean(np.asarray(loss_SN, float), axis=0), (unigram + uniform) / 2
-    return crossing(decays, mean_N, middle) if mean_N[0] < middle else None
+    return crossing(decays, mean_N, middle) if mean_N[0] < middle else 0.0
 
 
-def right_edge(predicted: float | None, measured: float | None) -> bool | None:
-    """Within EDGE_FACTOR; None where either is missing: nothing is compared."""
-    if predicted is None or measured is None:
-        return None
-    return abs(math.log(predicted / measured)) <= math.log(EDGE_FACTOR)
+def right_edge(told: float | None, found: float | None, decays) -> bool | None:
+    """Whether a told edge is within EDGE_FACTOR of a measured one.
+
+    Where the measured one lies beyond the `decays` that were run, so must the told one, up to the
+    factor; that it does says little, and gives None.
+    """
+    told = math.inf if told is None else told
+    if found is None:
+        return False if told < max(decays) / EDGE_FACTOR else None
+    if found == 0:
+        return False if told > min(decays) * EDGE_FACTOR else None
+    return found / EDGE_FACTOR <= told <= found * EDGE_FACTOR
 
 
 def split(arm: str) -> tuple[str, float]:
@@ -82,7 +89,7 @@ def predicted(request: arms.Request, group: list[arms.Arm]) -> dict:
 
 
 def measured(df: pd.DataFrame, point: str) -> dict:
-    """The same of the rows of one point; None where the decays do not bracket an edge."""
+    """The same of the rows of one point."""
     rows = df[[split(arm)[0] == point and split(arm)[1] > 0 for arm in df["arm"]]]
     rows = rows.assign(decay=[split(arm)[1] for arm in rows["arm"]], learned=stats.learned(rows))
     table = rows.pivot_table(
@@ -118,12 +125,12 @@ def short(x: float | None) -> float | None:
 def judged(told: dict, found: dict) -> dict[str, list[bool]]:
     """What is told of a point against what was measured, by kind: right or wrong, one by one.
 
-    An edge is compared where both give one; a step of half the spread where both halve it; a loss
-    where the measured one is above the unigram's; a verdict everywhere but at the told edge.
+    A step of half the spread is compared where both halve it; a loss where the measured one is
+    above the unigram's; a verdict everywhere but at the told edge.
     """
     marks: dict[str, list[bool]] = {name: [] for name in (*EDGES, *KINDS)}
     for name in EDGES:
-        right = right_edge(told[name] or None, found[name])
+        right = right_edge(told[name], found[name], list(map(float, found["decays"])))
         marks[name] += [] if right is None else [right]
     for decay, was in found["decays"].items():
         tells = told["decays"].get(decay)
@@ -155,7 +162,7 @@ def table(points: dict[str, tuple[dict, dict]]) -> tuple[list[str], list[list[st
 
 
 def _cell(edge: float | None) -> str:
-    return "none" if edge is None else f"{edge:.2g}"
+    return "above" if edge is None else f"{edge:.2g}" if edge else "below"
 
 
 def _mark(marks: list[bool]) -> str:

@@ -103,7 +103,8 @@ def _about(made: program.Program, group: Group, preset: str, seconds: float):
             "seed": rep.seed,
             "command": finished.command(sys.argv),
             "config": rows.without_folders(sections) | {"hyper": hyper},
-            "base": rows.without_folders(group.bases[i]),
+            # Arms with tokenizers of their own belong to one study: none of them sets the size.
+            "base": rows.without_folders(group.bases[i] | {"model.vocab_size": None}),
             "references": references | {"text_sha256": text},
             "preset": preset,
             "seconds": round(seconds, 1),
