@@ -11,6 +11,7 @@ from bitnet_jax.cli import flags
 COMMANDS = {
     "train": "train replicates side by side, and write a page of what happened",
     "check": "test quantisers, model, loss and optimiser before training",
+    "predict": "say before training whether weight decay inside Adam will collapse a run",
     "triage": "say what is wrong with a checkpoint, most likely cause first",
     "inspect": "show what a run's weights and predictions look like",
     "generate": "continue prompts",

@@ -21,6 +21,7 @@ QUESTIONS = (  # in the order of the index
     "explain_collapse",
     "end_collapse",
     "shrink_law",
+    "critical_decay",
     "weight_bounds",
     "sweep_stage2_decay",
     "logit_distribution",

@@ -45,10 +45,18 @@ HELD_OUT = (
     "run.steps=300",
     "run.save_every=300",
 )
+# Of the star of measurements of coupled decay.
+STAR_SIZE = (
+    *("model.layout=report", "model.tied_embedding=false", "model.rope_theta=10000"),
+    *("model.d_model=64", "model.n_layers=2", "model.d_ff=128", "data.tokenizer=bpe:2048"),
+    *("data.seq_len=32", "data.batch_size=4", "data.eval_batches=4"),
+    *("run.steps=600", "run.eval_every=10"),
+)
 NARROW = ("model.d_model=64", "model.n_layers=2", "model.d_ff=128", "data.tokenizer=bpe:2048")
 STDLIB_TEXT, BOOKS_TEXT = "897b773f", "19da4209"  # of Python 3.11.7; sha256 of the files
 STRIPPED_BOOKS_TEXT = "079f1ebe"  # of the same files, read as the report's code reads text
 KJV_TEXT, LATER_STDLIB_TEXT = "c80364f4", "b7fe7151"  # bible-kjv 4.38; Python 3.11.7, read as now
+FEW_BOOKS_TEXT = "b987b958"  # of the books' validation file
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,12 @@ QUICK_TRACKED = Study(
 QUICK_B158 = Study("quick", "quick", (*SIZE, "model.vocab_size=2048", ENDS_MASKED), STDLIB_TEXT)
 KJV = Study("King James", "quick", HELD_OUT, KJV_TEXT)
 KJV_STDLIB = Study("beside King James", "quick", HELD_OUT, LATER_STDLIB_TEXT)
-STUDIES = (FULL, LETTER, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158, KJV, KJV_STDLIB)
+STAR_BOOKS = Study("star, books", "quick", STAR_SIZE, FEW_BOOKS_TEXT)
+STAR_PYTHON = Study("star, Python", "quick", STAR_SIZE, LATER_STDLIB_TEXT)
+STUDIES = (
+    *(FULL, LETTER, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158),
+    *(KJV, KJV_STDLIB, STAR_BOOKS, STAR_PYTHON),
+)
 
 
 def named(identity: dict) -> Study | None:

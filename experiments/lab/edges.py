@@ -1,0 +1,173 @@
+"""Edges of decay: where, along runs that differ in coupled decay alone, something is lost.
+
+The definitions that `critical_decay` predicts and measures. Every threshold that `verdict` has is
+taken from there.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from bitnet_jax import data, forecast, metrics, program
+from bitnet_jax.forecast import crossing
+from experiments.lab import arms, stats
+
+HALF = 0.5  # of the first logit spread, and of the seeds
+ALIVE = 0.1  # share of the mean initial norm that a row of the output matrix has while it is alive
+# What counts as right. Edges: a factor; step of half the spread: a share; loss: nats.
+EDGE_FACTOR, STEP_SHARE, LOSS_NATS = 2.0, 0.1, 0.3
+EDGES, KINDS = ("onset", "outcome", "blind"), ("half_step", "loss", "verdict")
+
+
+def onset(decays, least_spread_SN) -> float | None:
+    """The decay at which half of the S seeds reach half of the initial logit spread in stage 1.
+
+    `least_spread_SN`: the least share of the first spread over the evaluations of stage 1, by seed
+    and decay. None: none of the decays does it; 0: the least of them does already.
+    """
+    middle_N = np.median(np.asarray(least_spread_SN, float), axis=0)
+    return crossing(decays, middle_N, HALF) if middle_N[0] > HALF else 0.0
+
+
+def outcome(decays, learned_SN) -> float | None:
+    """The decay at which half of the seeds have not learned (`verdict.learned`) at the last step.
+
+    None: all decays learn; 0: already the least does not.
+    """
+    share_N = np.mean(np.asarray(learned_SN, float), axis=0)
+    return crossing(decays, share_N, HALF) if share_N[0] > HALF else 0.0
+
+
+def blind(decays, loss_SN, unigram: float, uniform: float) -> float | None:
+    """The decay at which the mean loss passes the middle between unigram's and ln V: the word
+    frequencies are half lost. None and 0 as for the others."""
+    mean_N, middle = np.mean(np.asarray(loss_SN, float), axis=0), (unigram + uniform) / 2
+    return crossing(decays, mean_N, middle) if mean_N[0] < middle else 0.0
+
+
+def right_edge(told: float | None, found: float | None, decays) -> bool | None:
+    """Whether a told edge is within EDGE_FACTOR of a measured one.
+
+    Where the measured one lies beyond the `decays` that were run, so must the told one, up to the
+    factor; that it does says little, and gives None.
+    """
+    told = math.inf if told is None else told
+    if found is None:
+        return False if told < max(decays) / EDGE_FACTOR else None
+    if found == 0:
+        return False if told > min(decays) * EDGE_FACTOR else None
+    return found / EDGE_FACTOR <= told <= found * EDGE_FACTOR
+
+
+def split(arm: str) -> tuple[str, float]:
+    """Point and decay of an arm named `POINT | DECAY`."""
+    point, _, decay = arm.partition(" | ")
+    return point, float(decay)
+
+
+def predicted(request: arms.Request, group: list[arms.Arm]) -> dict:
+    """What `forecast` tells of the arms of one point, JSON values: edges, and by decay the rest."""
+    made = [arms.replicates(request, arm, 1) for arm in group]
+    cfg, numbers = made[-1][0], made[-1][1][0].hyper
+    tokens = data.load(cfg.data)
+    cfg = program.resolve_vocab(cfg, tokens.tokenizer.vocab_size)
+    text = forecast.frequencies(tokens.train_N, cfg.model.vocab_size)
+    setting, _ = forecast.of_run(cfg, numbers, *text)
+    decays = [split(arm.name)[1] for arm in group]
+    tells = forecast.forecasts(setting, decays)
+    found = {name: short(getattr(tells[0], name)) for name in EDGES}
+    found["decays"] = {
+        f"{decay:g}": {
+            "half_step": short(told.half_step),
+            "loss": short(told.loss),
+            "expected": forecast.expected(told),
+        }
+        for decay, told in zip(decays, tells, strict=True)
+    }
+    return found
+
+
+def measured(df: pd.DataFrame, point: str) -> dict:
+    """The same of the rows of one point."""
+    rows = df[[split(arm)[0] == point and split(arm)[1] > 0 for arm in df["arm"]]]
+    rows = rows.assign(decay=[split(arm)[1] for arm in rows["arm"]], learned=stats.learned(rows))
+    table = rows.pivot_table(
+        index="seed",
+        columns="decay",
+        values=["least_spread", "learned", metrics.HELD_OUT_LOSS],
+        aggfunc="first",
+    )
+    held_out = rows["references"].iloc[0]["held_out"]["unigram"]["loss"]
+    losses = table[metrics.HELD_OUT_LOSS]
+    found = {
+        "onset": onset(losses.columns, table["least_spread"]),
+        "outcome": outcome(losses.columns, table["learned"].astype(float)),
+        "blind": blind(losses.columns, losses, held_out, rows["uniform"].iloc[0]),
+        "unigram": held_out,
+    }
+    halves = rows.groupby("decay")["half_step"].median()
+    found["decays"] = {
+        f"{decay:g}": {
+            "half_step": None if math.isnan(halves[decay]) else float(halves[decay]),
+            "loss": float(losses[decay].mean()),
+            "learned": float(table["learned"][decay].astype(float).mean()),
+        }
+        for decay in losses.columns
+    }
+    return {k: v if k == "decays" else short(v) for k, v in found.items()}
+
+
+def short(x: float | None) -> float | None:
+    return None if x is None else float(f"{x:.4g}")
+
+
+def judged(told: dict, found: dict) -> dict[str, list[bool]]:
+    """What is told of a point against what was measured, by kind: right or wrong, one by one.
+
+    A step of half the spread is compared where both halve it; a loss where the measured one is
+    above the unigram's; a verdict everywhere but at the told edge.
+    """
+    marks: dict[str, list[bool]] = {name: [] for name in (*EDGES, *KINDS)}
+    for name in EDGES:
+        right = right_edge(told[name], found[name], list(map(float, found["decays"])))
+        marks[name] += [] if right is None else [right]
+    for decay, was in found["decays"].items():
+        tells = told["decays"].get(decay)
+        if tells is None:
+            continue
+        if tells["half_step"] and was["half_step"]:
+            off = abs(was["half_step"] / tells["half_step"] - 1)
+            marks["half_step"].append(off <= STEP_SHARE)
+        if was["loss"] > found["unigram"]:
+            marks["loss"].append(abs(was["loss"] - tells["loss"]) <= LOSS_NATS)
+        if tells["expected"] != forecast.EDGE:
+            lost = tells["expected"] == forecast.COLLAPSE
+            marks["verdict"].append(lost == (was["learned"] < HALF))
+    return marks
+
+
+def table(points: dict[str, tuple[dict, dict]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: a line per point, and what is right in all."""
+    kinds, lines = (*EDGES, *KINDS), []
+    in_all: dict[str, list[bool]] = {name: [] for name in kinds}
+    for point, (told, found) in points.items():
+        marks = judged(told, found)
+        for name in kinds:
+            in_all[name] += marks[name]
+        shown = [f"{_cell(told[x])} / {_cell(found[x])}{_mark(marks[x])}" for x in EDGES]
+        lines.append([point, *shown, *(_count(marks[x]) for x in KINDS)])
+    heads = ["point", *(f"{x}: told / measured" for x in EDGES), *(f"{x}: right" for x in KINDS)]
+    return heads, [*lines, ["right", *(_count(in_all[x]) for x in kinds)]]
+
+
+def _cell(edge: float | None) -> str:
+    return "above" if edge is None else f"{edge:.2g}" if edge else "below"
+
+
+def _mark(marks: list[bool]) -> str:
+    return "" if not marks else " right" if marks[0] else " WRONG"
+
+
+def _count(marks: list[bool]) -> str:
+    return f"{sum(marks)} of {len(marks)}"
