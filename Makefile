@@ -27,13 +27,13 @@ train: setup
 test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# The exports as transformers itself computes them. torch's CPU build is enough: point
-# PIP_EXTRA_INDEX_URL to it where pip would take a larger one.
+# The exports as transformers and llama.cpp themselves compute them. torch's CPU build is enough:
+# point PIP_EXTRA_INDEX_URL to it where pip would take a larger one.
 test-parity: $(TORCH)
 	$(RUN) -m pytest tests/parity
 
 $(TORCH): $(STAMP)
-	$(PIP) torch==2.13.0 accelerate==1.15.0
+	$(PIP) torch==2.13.0 accelerate==1.15.0 lm_eval==0.4.13 xllamacpp==2026.10.11549
 	touch $@
 
 # Every table, figure and claim of the experiments, from their rows.

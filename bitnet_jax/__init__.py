@@ -2,10 +2,10 @@
 
 Each module imports only from those before it:
 
-config -> config_file -> presets -> metrics -> cache -> tokenizer -> documents -> corpus
--> tokens -> data
--> reference -> quant -> model -> loss -> optim -> shrink -> forecast -> collapse -> verdict -> log
--> sharding -> train -> checkpoint -> hf_files -> hf_config -> hf_weights -> hf -> program
--> restore -> generate -> subject -> updates -> audit -> signatures -> causes -> checks
--> inspection -> terminal -> charts -> page -> workdir -> recorder -> run
+config -> config_file -> presets -> metrics -> cache -> tokenizer -> documents -> corpus -> tokens
+-> data -> reference -> quant -> model -> loss -> optim -> shrink -> forecast -> collapse
+-> verdict -> judging -> log -> sharding -> train -> checkpoint -> hf_files -> hf_config
+-> hf_weights -> hf -> gguf -> program -> restore -> generate -> lm_eval -> subject -> updates
+-> audit -> signatures -> causes -> checks -> inspection -> foreign -> history -> diagnosis
+-> terminal -> charts -> page -> history_page -> workdir -> recorder -> run
 """

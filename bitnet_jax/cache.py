@@ -11,10 +11,13 @@ import http.client
 import itertools
 import json
 import os
+import re
 import secrets
+import shutil
 import sys
 import urllib.error
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +30,7 @@ from bitnet_jax.config import UserError
 
 BLOCK_BYTES = 1 << 22  # a checksum is taken of blocks of this size, in parallel
 PROBE_SECONDS = 5
+UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '([\w.]+)'")
 
 T = TypeVar("T")
 
@@ -140,6 +144,36 @@ def read_json(path: Path):
 
 def _seal(path: Path, content: str) -> str:
     return hashlib.sha256(f"{path.name}\n{content}".encode()).hexdigest()
+
+
+def heal_compiled(folder: Path) -> None:
+    """Remove compiled programs of jax's cache that are half written or, once met, damaged.
+
+    jax writes an entry in place and the time of its use after it, keeps an entry that it cannot
+    read, warns at every start, and compiles again each time.
+    """
+    for entry in folder.glob("*-cache"):
+        used = entry.with_name(entry.name.removesuffix("cache") + "atime")
+        if not used.is_file():
+            _remove(entry)
+            _remove(used)
+
+    def show(message, *place, tell=warnings.showwarning, **more):
+        if not (damaged := UNREADABLE.match(str(message))):
+            return tell(message, *place, **more)
+        for entry in folder.glob(f"{damaged[1]}-*"):
+            _remove(entry)
+        print(f"{folder}: compiled program {damaged[1]} damaged; made again", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder that stands in its place; another process may be faster."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def require_network(what: str, url: str, instead: str) -> None:

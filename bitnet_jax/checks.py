@@ -139,7 +139,7 @@ def configuration(c: Checked) -> Outcome:
     """Parameters counted, against the formula for the configured sizes."""
     m = c.cfg.model
     d, f, kv = m.d_model, m.d_ff, m.n_kv_heads * (m.d_model // m.n_heads)
-    norms = 2 * d + (d + f if m.layout == "b158" else 3 * d + f)
+    norms = 2 * d + {"b158": d + f, "llama": 0, "report": 3 * d + f}[m.layout]
     block = 2 * d * d + 2 * d * kv + 3 * d * f + norms
     vocab = m.vocab_size
     wanted = m.n_layers * block + d + vocab * d * (2 - m.tied_embedding) + vocab * m.output_bias

@@ -72,9 +72,15 @@ def check_fields(part, section: str) -> None:
 class ModelConfig:
     layout: str = _field(
         "b158",
-        "b158: pre-norms and two sub-norms, a scale per projection; "
-        "report: pre-norms, a norm in every BitLinear, fused q/k/v and gate/up",
-        choices=("b158", "report"),
+        "b158: pre-norms and two sub-norms, a scale per projection; llama: the same without "
+        "sub-norms; report: pre-norms, a norm in every BitLinear, fused q/k/v and gate/up",
+        choices=("b158", "llama", "report"),
+    )
+    activation: str = _field(
+        "relu2",
+        "of the gate, by transformers' name; relu2 is that of BitNet b1.58 2B4T, silu (SwiGLU) "
+        "that of Llama and the only one that stock llama.cpp runs",
+        choices=("relu2", "silu", "gelu", "gelu_pytorch_tanh", "relu"),
     )
     vocab_size: int | None = _field(
         None, "rows of the embedding; none: the tokenizer's", within=(2, 2**24)
@@ -125,6 +131,11 @@ class DataConfig:
         "<|endoftext|>", "stands between documents of a text file; none: a file is a document"
     )
     feature: str = _field("text", "name of the text field of tfds, .jsonl and .parquet corpora")
+    prompt: str | None = _field(
+        None,
+        "name of a field with the prompt of each text, of .jsonl and .parquet: prompts are read "
+        "and not scored, and a window begins with a prompt and holds whole documents",
+    )
     tokenizer: str = _field(
         "bpe:4096",
         "bpe:N (trained on the corpus) | gpt2 (hub cache) | gpt2:FOLDER | hf:FOLDER",
@@ -172,6 +183,17 @@ class DataConfig:
             raise UserError(
                 f"data.corpus={shown(self.corpus)}: unknown corpus; use stdlib, text:GLOB or "
                 f"tfds:NAME[/CONFIG]{nearest(kind, ('stdlib', 'text', 'tfds'))}"
+            )
+        if self.prompt is not None and (kind != "text" or self.stripped_lines):
+            with_ = f"data.corpus={shown(self.corpus)}" if kind != "text" else "data.stripped_lines"
+            raise UserError(
+                f"data.prompt={shown(self.prompt)}: not with {with_}; only .jsonl and .parquet "
+                "files of text:GLOB have prompts"
+            )
+        if self.prompt is not None and self.gather == "device":
+            raise UserError(
+                f"data.gather=device: with data.prompt={shown(self.prompt)} windows are cut on the "
+                "host; use auto"
             )
         kind, _, argument = self.tokenizer.partition(":")
         wrong = {"bpe": not argument.isdecimal(), "gpt2": False, "hf": not argument}

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,15 @@ WHITE_SPACE = re.compile(r"\s")
 
 @dataclass(frozen=True)
 class Split:
-    """A stream of documents that can be read again; `sha256` changes when any document does."""
+    """A stream of documents that can be read again; `sha256` changes when any document does.
+
+    With `prompts` each document is two stretches: its prompt and its text.
+    """
 
     sha256: str
     read: Callable[[], Stream]
     size: float | None = None  # bytes, where that is known beforehand; only for a progress bar
+    prompts: bool = False
 
 
 def open_corpus(cfg: DataConfig) -> tuple[str, dict[str, Split]]:
@@ -94,19 +98,29 @@ def _digest(files: dict[str, Path], rule: str) -> str:
 
 def _files(files: dict[str, Path], cfg: DataConfig) -> Split:
     """The documents of files, in order."""
-    rule = json.dumps([cfg.separator, cfg.feature])
+    rule = [cfg.separator, cfg.feature] + ([cfg.prompt] if cfg.prompt else [])
     return Split(
-        _digest(files, rule),
+        _digest(files, json.dumps(rule)),
         lambda: _chain(files.values(), cfg),
         None
         if any(path.suffix in documents.COMPRESSED for path in files.values())
         else sum(path.stat().st_size for path in files.values()),
+        cfg.prompt is not None,
     )
 
 
 def _chain(paths: Iterable[Path], cfg: DataConfig) -> Stream:
+    if cfg.prompt is not None:
+        for pair in _pairs(paths, cfg):
+            yield from zip(pair, (False, True), strict=True)
+        return
     for path in paths:
         yield from documents.read(path, cfg.separator, cfg.feature)
+
+
+def _pairs(paths: Iterable[Path], cfg: DataConfig) -> Iterator[tuple[str, str]]:
+    for path in paths:
+        yield from documents.read_pairs(path, cfg.prompt, cfg.feature)
 
 
 def _stdlib(cfg: DataConfig, separate: bool) -> tuple[str, dict[str, Split]]:
@@ -141,6 +155,8 @@ def _text(cfg: DataConfig, separate: bool) -> tuple[str, dict[str, Split]]:
     if separate:
         return whole.sha256, {"train": whole}
     paths = list(files.values())
+    if cfg.prompt is not None:
+        return whole.sha256, _parts(whole, cfg, *_halves_of_pairs(paths, cfg))
     find_cut = functools.cache(functools.partial(_find_cut, paths, cfg))
 
     def head():
@@ -154,19 +170,40 @@ def _text(cfg: DataConfig, separate: bool) -> tuple[str, dict[str, Split]]:
         yield from _between(_chain(paths[i : i + 1], cfg), offset)
         yield from _chain(paths[i + 1 :], cfg)
 
+    return whole.sha256, _parts(whole, cfg, head, tail)
+
+
+def _parts(whole: Split, cfg: DataConfig, head, tail) -> dict[str, Split]:
     rule = f"{whole.sha256} holdout {cfg.holdout!r}"
-    splits = {
+    return {
         part: Split(
             hashlib.sha256(f"{rule} {part}".encode()).hexdigest(),
             stream,
             whole.size and share * whole.size,
+            whole.prompts,
         )
         for part, stream, share in (
             ("train", head, 1 - cfg.holdout),
             ("validation", tail, cfg.holdout),
         )
     }
-    return whole.sha256, splits
+
+
+def _halves_of_pairs(paths: list[Path], cfg: DataConfig) -> tuple[Callable, Callable]:
+    """Streams of all documents but the last `holdout` share, one at least, and of those."""
+
+    @functools.cache
+    def cut() -> int:
+        n = sum(1 for _ in _pairs(paths, cfg))
+        return n - max(1, round(cfg.holdout * n))
+
+    def head():
+        return itertools.islice(_chain(paths, cfg), 2 * cut())
+
+    def tail():
+        return itertools.islice(_chain(paths, cfg), 2 * cut(), None)
+
+    return head, tail
 
 
 def _between(stream: Stream, start: int, stop: int | None = None) -> Stream:

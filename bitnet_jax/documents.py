@@ -34,13 +34,34 @@ def read(path: Path, separator: str | None, field: str) -> Stream:
     separators. Each line of `.jsonl` and each row of `.parquet` is a document: its text `field`.
     Raises UserError, while reading, naming the file and the place that cannot be read.
     """
+    records = _records(path, (field,))
+    if records is None:
+        return split(_decode(path), separator)
+    return ((text, True) for (text,) in records if text)
+
+
+def read_pairs(path: Path, prompt: str, field: str) -> Iterator[tuple[str, str]]:
+    """The prompt and the text of each line of `.jsonl` or row of `.parquet` that has a text.
+
+    Raises UserError, while reading, as `read` does, and for a file of another kind.
+    """
+    records = _records(path, (prompt, field))
+    if records is None:
+        raise UserError(
+            f"{path}: data.prompt={shown(prompt)}: only .jsonl and .parquet have fields"
+        )
+    return ((before, text) for before, text in records if text)
+
+
+def _records(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]] | None:
+    """The texts of some fields, record by record; None for a file that has no fields."""
     name = path.name.lower()
     inner = name.removesuffix(next((s for s in COMPRESSED if name.endswith(s)), ""))
     if inner.endswith(".parquet"):
-        return _rows(path, field, compressed=inner != name)
+        return _rows(path, fields, compressed=inner != name)
     if inner.endswith((".jsonl", ".ndjson")):
-        return _json_lines(path, field)
-    return split(_decode(path), separator)
+        return _json_lines(path, fields)
+    return None
 
 
 def is_empty(path: Path) -> bool:
@@ -96,7 +117,7 @@ def _decode(path: Path) -> Iterator[str]:
             raise _not_utf8(path, done - pending + error.start, error.object) from error
 
 
-def _json_lines(path: Path, field: str) -> Stream:
+def _json_lines(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     place = 0
     with _reading(path) as file:
         for number, line in enumerate(file, 1):
@@ -106,25 +127,31 @@ def _json_lines(path: Path, field: str) -> Stream:
                 raise _not_utf8(path, place + error.start, line) from error
             place += len(line)
             text = text.removeprefix(BOM) if number == 1 else text
-            if text.strip() and (document := _text_field(text, field, f"{path}:{number}")):
-                yield document, True
+            if text.strip():
+                yield _text_fields(text, fields, f"{path}:{number}")
 
 
-def _text_field(line: str, field: str, where: str) -> str:
+def _text_fields(line: str, fields: tuple[str, ...], where: str) -> tuple[str, ...]:
     try:
         tree = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {shown(line.strip())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{where}: not a JSON object: {shown(line.strip())}")
-    if field not in tree:
-        raise _no_field(where, field, list(tree))
-    text = tree[field]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: data.feature={shown(field)}: not text but {shown(text)}")
-    if not is_utf8(text):
-        raise UserError(f"{where}: data.feature={shown(field)}: holds half a surrogate pair")
-    return text
+    for name, field in _named(fields):
+        if field not in tree:
+            raise _no_field(where, name, field, list(tree))
+        text = tree[field]
+        if not isinstance(text, str):
+            raise UserError(f"{where}: {name}={shown(field)}: not text but {shown(text)}")
+        if not is_utf8(text):
+            raise UserError(f"{where}: {name}={shown(field)}: holds half a surrogate pair")
+    return tuple(tree[field] for field in fields)
+
+
+def _named(fields: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Pairs of the configuration's field and what it names: the text is the last one."""
+    return list(zip(("data.prompt", "data.feature")[-len(fields) :], fields, strict=True))
 
 
 def is_utf8(text: str) -> bool:
@@ -136,7 +163,7 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def _rows(path: Path, field: str, compressed: bool) -> Stream:
+def _rows(path: Path, fields: tuple[str, ...], compressed: bool) -> Iterator[tuple[str, ...]]:
     # Only .parquet needs the library, which takes a third of a second to import.
     import pyarrow
     import pyarrow.parquet
@@ -145,26 +172,38 @@ def _rows(path: Path, field: str, compressed: bool) -> Stream:
         raise UserError(f"{path}: .parquet is compressed inside; decompress the file itself")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if field not in schema.names:
-                raise _no_field(str(path), field, schema.names)
-            kind = schema.field(field).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            texts = ("string", "large_string", "string_view", "binary", "large_binary")
-            if str(kind) not in texts:
-                raise UserError(f"{path}: data.feature={shown(field)}: not text but {kind}")
-            batches = file.iter_batches(batch_size=256, columns=[field])
-            scalars = (scalar for batch in batches for scalar in batch.column(0))
-            for row, scalar in enumerate(scalars, 1):
-                try:
-                    text = scalar.as_py() or ""
-                    text = text if isinstance(text, str) else text.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}: row {row}: {shown(field)} is not UTF-8") from error
-                if text:
-                    yield text, True
+            for name, field in _named(fields):
+                _check_text(path, file.schema_arrow, name, field)
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=list(dict.fromkeys(fields))):
+                columns = [batch.column(field) for field in fields]
+                for scalars in zip(*columns, strict=True):
+                    row += 1
+                    yield tuple(
+                        _text_scalar(scalar, f"{path}: row {row}: {shown(field)}")
+                        for scalar, field in zip(scalars, fields, strict=True)
+                    )
     except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from error
+
+
+def _check_text(path: Path, schema, name: str, field: str) -> None:
+    import pyarrow
+
+    if field not in schema.names:
+        raise _no_field(str(path), name, field, schema.names)
+    kind = schema.field(field).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if str(kind) not in ("string", "large_string", "string_view", "binary", "large_binary"):
+        raise UserError(f"{path}: {name}={shown(field)}: not text but {kind}")
+
+
+def _text_scalar(scalar, where: str) -> str:
+    text = scalar.as_py() or ""
+    try:
+        return text if isinstance(text, str) else text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8") from error
 
 
 @contextlib.contextmanager
@@ -196,8 +235,8 @@ def _not_utf8(path: Path, offset: int, content: bytes) -> UserError:
     return UserError(f"{path}: not UTF-8 at byte {offset}{' (UTF-16)' if utf16 else ''}")
 
 
-def _no_field(where: str, field: str, names: list[str]) -> UserError:
-    listed = ", ".join(shown(name) for name in names[:20]) or "no field"
+def _no_field(where: str, name: str, field: str, names: list[str]) -> UserError:
+    listed = ", ".join(shown(known) for known in names[:20]) or "no field"
     return UserError(
-        f"{where}: data.feature={shown(field)} is not there; it has {listed}{nearest(field, names)}"
+        f"{where}: {name}={shown(field)} is not there; it has {listed}{nearest(field, names)}"
     )

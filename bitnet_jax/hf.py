@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints of BitNet (transformers' `BitNetForCausalLM`): out and in.
+"""Hugging Face checkpoints: out and in.
 
-A folder holds the b158 layout in one of the four forms of `hf_config`. Sources: transformers 5.23
-`integrations/bitnet.py` and `models/bitnet`; the folders microsoft/bitnet-b1.58-2B-4T(-bf16).
+A folder holds layout b158 (transformers' `BitNetForCausalLM`) or llama (`LlamaForCausalLM`) in one
+of the four forms of `hf_config`. Sources: transformers 5.23 `integrations/bitnet.py`,
+`models/bitnet`, `models/llama`; the folders microsoft/bitnet-b1.58-2B-4T(-bf16).
 """
 
 import json
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax import hf_config, hf_files
 from bitnet_jax import tokenizer as tokenizers
-from bitnet_jax.config import Config, DataConfig, Hyper, UserError
+from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig, UserError
 from bitnet_jax.hf_files import WEIGHTS, Card
 from bitnet_jax.hf_weights import (
     fault,
@@ -101,16 +102,16 @@ def _check_expressible(model, hyper, tokenizer, packed) -> None:
     scale, dense = float(hyper.logit_scale), strengths == (0, 0)
     for wrong, reason in (
         (
-            model.layout != "b158",
-            f"model.layout={model.layout}: transformers' BitNet has sub-norms and separate "
-            "projections, not a norm in every linear layer and fused ones",
+            model.layout not in hf_config.TYPES,
+            f"model.layout={model.layout}: transformers has {' and '.join(hf_config.TYPES)}, with "
+            "separate projections, not a norm in every linear layer and fused ones",
         ),
-        (model.output_bias, "model.output_bias=true: transformers' BitNet has no bias of logits"),
-        (scale != 1, f"hyper.logit_scale={scale:g}: transformers' BitNet does not scale logits"),
+        (model.output_bias, "model.output_bias=true: transformers' models have no bias of logits"),
+        (scale != 1, f"hyper.logit_scale={scale:g}: transformers' models do not scale logits"),
         (
             strengths != (1, 1) and not dense,
             f"hyper.weight_quant={strengths[0]:g} and hyper.act_quant={strengths[1]:g} at this "
-            "step: transformers' BitNet quantises in full, or not at all with both at 0",
+            "step: transformers quantises in full, or not at all with both at 0",
         ),
         (packed and dense, "hyper.weight_quant=0: a dense model has no ternary weights to pack"),
         (
@@ -153,9 +154,9 @@ def load(folder: Path) -> tuple[Config, dict, Tokenizer]:
     if form == "dense":
         warn(
             folder,
-            "config.json has no quantization_config, so transformers runs these weights as a dense "
-            "model. Here they run as a BitNet, ternary with int8 activations, unless "
-            "hyper.weight_quant=0 and hyper.act_quant=0.",
+            "config.json has no quantization_config: a dense model, run as transformers runs it. "
+            "Training from it (run.init) makes it ternary, unless hyper.weight_quant=0 and "
+            "hyper.act_quant=0.",
         )
     params = read_params(folder, entries, model, form)
     warn_of_dead(folder, params)
@@ -164,6 +165,18 @@ def load(folder: Path) -> tuple[Config, dict, Tokenizer]:
         model = replace(model, weight_format="packed")
     cfg = Config(model=model, data=DataConfig(tokenizer=f"hf:{folder}", seq_len=length))
     return cfg, unflatten_dict(params, sep="/"), tokenizer
+
+
+def strengths(folder: Path, model: ModelConfig) -> Hyper:
+    """The numbers that a loaded folder's model is evaluated with: as transformers runs it.
+
+    A dense model is not quantised; `model` is what `load` gives, packed where codes were found.
+    """
+    folder = Path(folder)
+    form = hf_config.form(folder, hf_files.read_json(folder / "config.json"))
+    if form == "dense" and model.weight_format != "packed":
+        return Hyper(weight_quant=0.0, act_quant=0.0)
+    return Hyper()
 
 
 def loss_fault(folder: Path, loss: float) -> str | None:

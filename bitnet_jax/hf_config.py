@@ -1,5 +1,9 @@
 """config.json of a Hugging Face folder: as transformers 5.23 reads it, and as it is written here.
 
+Two architectures can be read and written: BitNetForCausalLM (layout b158) and LlamaForCausalLM
+(layout llama), whose linear layers transformers replaces by those of BitNet where
+`quantization_config` says so.
+
 A folder holds one of four forms of weights, told apart by its `quantization_config`:
 
 latents  autobitlinear, online: transformers quantises the master weights as it runs
@@ -7,19 +11,38 @@ value    autobitlinear, offline: ternary codes, the output is multiplied by `wei
 inverse  bitlinear, offline: ternary codes, the output is divided by `weight_scale`
 dense    no quantization_config: transformers runs the weights as they are
 
-What is missing has transformers' default (`models/bitnet/configuration_bitnet.py`), but the sizes
-must be there. A value that transformers would not take, or that this model cannot express, is a
+What is missing has transformers' default (`models/*/configuration_*.py`), but the sizes must be
+there. A value that transformers would not take, or that this model cannot express, is a
 UserError naming key, value and reason.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from bitnet_jax.config import Config, ModelConfig, UserError
 from bitnet_jax.hf_files import Entry, quoted
 
-SIZES = {  # ModelConfig -> BitNetConfig
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of transformers, and what it takes where config.json says nothing."""
+
+    layout: str
+    architecture: str
+    activation: str
+    norm_eps: float
+    rope_theta: float
+
+
+FAMILIES = {  # by model_type
+    "bitnet": Family("b158", "BitNetForCausalLM", "relu2", 1e-5, 500_000.0),
+    "llama": Family("llama", "LlamaForCausalLM", "silu", 1e-6, 10_000.0),
+}
+TYPES = {family.layout: kind for kind, family in FAMILIES.items()}  # layout -> model_type
+ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}  # of activations, as in ACT2FN
+SIZES = {  # ModelConfig -> their configuration
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -43,8 +66,8 @@ LARGEST_OF = {"vocab_size": 2**24, "num_hidden_layers": 10_000, "max_position_em
 def form(folder: Path, settings: dict) -> str:
     """A key of FORMS, or dense."""
     kind = settings.get("model_type")
-    if kind != "bitnet":
-        reason = "only 'bitnet' can be read (others lack the two sub-norms of each block)"
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        reason = f"only {' and '.join(map(repr, FAMILIES))} can be read"
         _refuse(folder, "model_type", kind, reason)
     quantised = settings.get("quantization_config")
     if quantised is None:
@@ -79,19 +102,23 @@ def form(folder: Path, settings: dict) -> str:
 def model_config(folder: Path, settings: dict, form: str, entries: dict[str, Entry]) -> ModelConfig:
     """The model that config.json describes; `entries` are the folder's tensors."""
     sizes = _sizes(folder, settings, form, entries)
-    if (activation := settings.get("hidden_act", "relu2")) != "relu2":
-        _refuse(folder, "hidden_act", activation, "this layout has relu2")
-    if (bias := settings.get("attention_bias", False)) is not False:
-        _refuse(folder, "attention_bias", bias, "this layout has no biases; false is needed")
+    family = FAMILIES[settings["model_type"]]
+    activation = _activation(folder, settings, family)
+    for key in ("attention_bias", "mlp_bias"):
+        if (bias := settings.get(key, False)) is not False:
+            _refuse(folder, key, bias, "this layout has no biases; false is needed")
     if not isinstance(tied := settings.get("tie_word_embeddings", False), bool):
         _refuse(folder, "tie_word_embeddings", tied, "true or false is needed")
     _check_unquantised(folder, settings, sizes["n_layers"])
-    theta = _rope_theta(folder, settings)
-    eps = _number(folder, "rms_norm_eps", settings.get("rms_norm_eps", 1e-5), 1e-30, 1)
+    theta = _rope_theta(folder, settings, family.rope_theta)
+    eps = settings.get("rms_norm_eps", family.norm_eps)
+    eps = _number(folder, "rms_norm_eps", eps, 1e-30, 1)
     dtype = _dtype(folder, settings, entries)
     try:
         return ModelConfig(
             **sizes,
+            layout=family.layout,
+            activation=activation,
             tied_embedding=tied,
             weight_format="packed" if form in PACKED else "ternary",
             rope_theta=theta,
@@ -109,13 +136,13 @@ def trained_length(folder: Path, settings: dict) -> int:
 
 def settings_of(cfg: Config, token_ids: dict, form: str) -> dict:
     """config.json of a folder of `cfg`; `token_ids` as transformers names them."""
-    model = cfg.model
+    model, kind = cfg.model, TYPES[cfg.model.layout]
     quantised = {"quant_method": "bitnet"} | FORMS.get(form, {})
     return {
-        "architectures": ["BitNetForCausalLM"],
-        "model_type": "bitnet",
+        "architectures": [FAMILIES[kind].architecture],
+        "model_type": kind,
         **{theirs: getattr(model, ours) for ours, theirs in SIZES.items()},
-        "hidden_act": "relu2",
+        "hidden_act": model.activation,
         "max_position_embeddings": cfg.data.seq_len,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,  # read by transformers 4
@@ -188,7 +215,16 @@ def _stored_kv_heads(entries, form, head) -> int | None:
     return (4 * rows if packed else rows) // head or None
 
 
-def _rope_theta(folder, settings) -> float:
+def _activation(folder, settings, family: Family) -> str:
+    """Our name of the gate's activation, where this model has it."""
+    name = settings.get("hidden_act", family.activation)
+    known = (*ModelConfig.__dataclass_fields__["activation"].metadata["choices"], *ALIASES)
+    if not isinstance(name, str) or name not in known:
+        _refuse(folder, "hidden_act", name, f"known are {', '.join(known)}")
+    return ALIASES.get(name, name)
+
+
+def _rope_theta(folder, settings, default: float) -> float:
     """Base of the rotary frequencies, from where either major version of transformers has it."""
     key = "rope_scaling" if settings.get("rope_scaling") else "rope_parameters"
     rope = settings.get(key)
@@ -209,7 +245,7 @@ def _rope_theta(folder, settings) -> float:
     ):
         if theta is not None:
             return _number(folder, place, theta, 1e-30, 1e30)
-    return 500_000.0
+    return default
 
 
 def _dtype(folder, settings, entries) -> str:

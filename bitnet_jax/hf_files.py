@@ -167,6 +167,7 @@ class Card:
     loss: float | None = None  # held-out, nats per token
     unigram: float | None = None  # the same of these predictors on the same positions
     bigram: float | None = None
+    verdict: str | None = None  # of `verdict.LABELS`, at that step
     text: str | None = None  # the corpus, with its digest
     commit: str | None = None
 
@@ -185,6 +186,7 @@ def card_text(card: Card, title: str, n_parameters: int, weights: str) -> str:
         "held-out loss, nats per token": card.loss,
         "the same of a unigram model": card.unigram,
         "the same of a bigram model": card.bigram,
+        "verdict": card.verdict,
         "commit of bitnet_jax": card.commit,
     }
     cells = {

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder of a BitNet: their names and shapes, and their numbers.
+"""The tensors of a Hugging Face folder: their names and shapes, and their numbers.
 
 Numbers are checked as names and shapes are. Refused: what is not finite, scales that are not
 positive, codes that are not ternary. Warned of: matrices of one code. Codes are packed as
@@ -52,11 +52,11 @@ FLOATS = tuple(TYPES)[:4]
 def hf_key(name: str) -> str:
     """`model.layers.0.self_attn.q_proj.weight` of `block_0/attn/q/kernel`.
 
-    Raises UserError for a parameter that BitNetForCausalLM does not have.
+    Raises UserError for a parameter that transformers' models do not have.
     """
     keys = [match.expand(theirs) for ours, theirs in KEYS if (match := ours.fullmatch(name))]
     if len(keys) != 1:
-        raise UserError(f"parameter {name}: transformers' BitNet has no place for it")
+        raise UserError(f"parameter {name}: transformers' models have no place for it")
     return keys[0]
 
 

@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl, TensorBoard, provenance."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -73,6 +74,23 @@ def read_json(path: Path) -> dict:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a JSON object but {type(tree).__name__}")
     return tree
+
+
+def write_sealed(path: Path, tree: dict) -> None:
+    """Write a JSON object with a digest of its other keys, `sha256`; see `read_sealed`."""
+    write_json(path, tree | {"sha256": _digest(tree)})
+
+
+def read_sealed(path: Path) -> dict:
+    """The object that `write_sealed` wrote there; UserError when it was damaged or edited since."""
+    tree = read_json(path)
+    if tree.pop("sha256", None) != _digest(tree):
+        raise UserError(f"{path}: damaged or edited: not as the run wrote it")
+    return tree
+
+
+def _digest(tree: dict) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -1,10 +1,12 @@
 """The BitNet b1.58 transformer: maths in functions, Linen modules that own parameters and names.
 
-Two layouts from one set of functions:
+Three layouts from one set of functions, with an activation f of the gate (relu2: relu squared):
 
-b158    x += o(sub_norm(attention(q, k, v of norm(x))));  x += down(sub_norm(relu2(gate) * up))
+b158    x += o(sub_norm(attention(q, k, v of norm(x))));  x += down(sub_norm(f(gate) * up))
         (BitNet b1.58 2B4T, arXiv 2504.12285; transformers `models/bitnet`)
-report  x += o'(attention(qkv'(norm(x))));  x += down'(relu2(gate) * up), with l'(x) = l(norm_l(x))
+llama   x += o(attention(q, k, v of norm(x)));  x += down(f(gate) * up)
+        (transformers `models/llama`, whose linear layers bitnet quantisation replaces)
+report  x += o'(attention(qkv'(norm(x))));  x += down'(f(gate) * up), with l'(x) = l(norm_l(x))
         (github.com/dcgrigsby/bitnet at 5f80475: a norm inside every BitLinear, fused projections)
 
 Given `position_BL`, the attention reads and writes the collection "cache" (`empty_cache`): token
@@ -52,9 +54,18 @@ def rope(x_BLHK: jax.Array, theta: float, position_BL: jax.Array | None = None) 
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
 
-def relu2_glu(gate_BLF: jax.Array, up_BLF: jax.Array) -> jax.Array:
-    """relu(gate)^2 * up."""
-    return jnp.square(nn.relu(gate_BLF)) * up_BLF
+ACTIVATIONS = {  # by the names of transformers' `activations.ACT2FN`
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
+
+
+def glu(gate_BLF: jax.Array, up_BLF: jax.Array, activation: str) -> jax.Array:
+    """activation(gate) * up, gated as in arXiv 2002.05202."""
+    return ACTIVATIONS[activation](gate_BLF) * up_BLF
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -128,7 +139,7 @@ def integer_product(codes_ND: jax.Array, packed: jax.Array) -> jax.Array:
 
 def kernel_init(cfg: ModelConfig):
     """Initialiser of linear layers: N(0, 0.02), or U(+-1/sqrt(fan_in)) in the report layout."""
-    if cfg.layout == "b158":
+    if cfg.layout != "report":
         return nn.initializers.normal(0.02)
 
     def uniform(key, shape, dtype=jnp.float32):
@@ -140,7 +151,7 @@ def kernel_init(cfg: ModelConfig):
 
 def embedding_init(cfg: ModelConfig):
     """Initialiser of the embedding: N(0, 0.02), or N(0, 1) in the report layout."""
-    return nn.initializers.normal(0.02 if cfg.layout == "b158" else 1.0)
+    return nn.initializers.normal(1.0 if cfg.layout == "report" else 0.02)
 
 
 class RMSNorm(nn.Module):
@@ -218,11 +229,13 @@ class FeedForward(nn.Module):
         cfg, linear = self.cfg, partial(BitLinear, self.cfg, quantize_weight=self.quantize_weight)
         if cfg.layout == "report":
             fused = linear(2 * cfg.d_ff, name="gate_up")(x_BLD, hyper)
-            h_BLF = relu2_glu(*jnp.split(fused, 2, axis=-1))
+            h_BLF = glu(*jnp.split(fused, 2, axis=-1), cfg.activation)
         else:
             gate_BLF = linear(cfg.d_ff, name="gate")(x_BLD, hyper)
             up_BLF = linear(cfg.d_ff, name="up")(x_BLD, hyper)
-            h_BLF = RMSNorm(cfg, name="sub_norm")(relu2_glu(gate_BLF, up_BLF))
+            h_BLF = glu(gate_BLF, up_BLF, cfg.activation)
+            if cfg.layout == "b158":
+                h_BLF = RMSNorm(cfg, name="sub_norm")(h_BLF)
         return linear(cfg.d_model, name="down")(h_BLF, hyper)
 
 

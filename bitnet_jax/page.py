@@ -15,7 +15,7 @@ from markupsafe import Markup
 from bitnet_jax import metrics
 from bitnet_jax.charts import MAX_POINTS, PALETTE, Series, line_chart, phase_portrait
 from bitnet_jax.config import UserError
-from bitnet_jax.log import Rows, read_thinned
+from bitnet_jax.log import Rows, read_sealed, read_thinned
 from bitnet_jax.metrics import METRICS, metric
 from bitnet_jax.verdict import ALARM, LABELS
 
@@ -45,6 +45,13 @@ STANDARD_ERRORS = {  # number -> its standard error, shown beside it
 PREDICTORS = ("unigram", "bigram", "uniform", "targets")  # keys of config.json's references
 PREDICTOR_NAMES = {"targets": "text"}
 SHOWN_LINE_BREAKS = 2
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
 
 
 # -------------------------------------------------------------------------------------- the files
@@ -56,24 +63,16 @@ def write_page(workdir: Path) -> Path:
     Raises UserError where there is no run, or where a file is damaged.
     """
     workdir = Path(workdir)
-    config, summary = _read_json(workdir / "config.json"), _read_json(workdir / "summary.json")
-    if config is None:
+    if not (workdir / "config.json").exists():
         raise UserError(f"{workdir}: holds no config.json, so there is no run to show")
+    config, ending = read_sealed(workdir / "config.json"), workdir / "summary.json"
+    summary = read_sealed(ending) if ending.exists() else {}
     rows = read_thinned(workdir / "metrics.jsonl", MAX_POINTS)
     path = workdir / "report.html"
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(render(workdir, config, rows, summary or {}), encoding="utf-8")
+    draft.write_text(render(workdir, config, rows, summary), encoding="utf-8")
     os.replace(draft, path)
     return path
-
-
-def _read_json(path):
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
 
 
 # --------------------------------------------------------------------------------------- the page
@@ -84,14 +83,7 @@ def render(workdir: Path, config: dict, rows: Rows, summary: dict) -> str:
     names = list(dict.fromkeys(rep["name"] for rep in config["replicates"]))
     charts = draw_charts(config, rows)
     groups = outcomes(workdir, config, rows, summary)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("run.html.jinja").render(
+    return TEMPLATES.get_template("run.html.jinja").render(
         title=workdir.resolve().name,
         colors={name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)},
         headline=", ".join(f"{group['name']} {group['outcome']}" for group in groups),
@@ -138,12 +130,12 @@ def outcomes(workdir: Path, config: dict, rows: Rows, summary: dict) -> list[dic
             continue
         judged = _judged(rows.last.get(i, {}), at_end.get(i, {}))
         name = judged["verdict"]
-        severity, outcome, advice = LABELS.get(name, LABELS["insufficient_data"])
+        severity, outcome, advice, _ = LABELS.get(name, LABELS["insufficient_data"])
         group = {
             "name": rep["name"],
             "verdict": name,
             "outcome": outcome,
-            "state": _state(name, severity),
+            "state": state(name, severity),
             "next": judged["next"] or advice,
             "command": _command(workdir, config, summary, name, i),
             "replicates": [],
@@ -166,7 +158,7 @@ def _judged(row, at_end) -> dict:
     return judged
 
 
-def _state(name, severity) -> str:
+def state(name, severity) -> str:
     """One of good, open, caution, alarm: how the page colours a verdict."""
     return "good" if name == "healthy" else ("open", "caution", "alarm")[severity]
 

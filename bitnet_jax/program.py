@@ -120,7 +120,9 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
     mesh = sharding.make_mesh(len(replicates), cfg.data.batch_size)
     everywhere = sharding.replicated(mesh)
     on_device = cfg.data.gather == "device" or (
-        cfg.data.gather == "auto" and tokens.train_N.nbytes <= DEVICE_BYTES
+        cfg.data.gather == "auto"
+        and tokens.train_N.nbytes <= DEVICE_BYTES
+        and cfg.data.prompt is None
     )
     return Program(
         cfg,
@@ -147,7 +149,7 @@ def evaluation(cfg: Config, tokens, windows: data.Windows, seeds: list[int]):
     if cfg.data.track == "first_batch":
         first = [data.window_ids(cfg.data, len(windows), seed, 0, 1)[0] for seed in seeds]
         tracked = windows.cut(np.stack(first))
-    predictors = reference.fit(tokens.train_N, cfg.model.vocab_size)
+    predictors = reference.fit(tokens.train_N, cfg.model.vocab_size, tokens.train_scored_N)
     scores = predictors.score(large)
     references = reference.references(predictors, small, tracked)
     references["held_out"] = {

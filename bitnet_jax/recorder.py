@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import config, log, metrics, optim, terminal, verdict
+from bitnet_jax import config, judging, log, metrics, optim, terminal, verdict
 from bitnet_jax.program import Program
 from bitnet_jax.train import TrainState
 
@@ -25,7 +25,7 @@ class Recorder:
         self.metrics = log.Metrics(workdir, step, reps)
         tokens = len(reps) * cfg.data.batch_size * cfg.data.seq_len
         self.progress = terminal.Progress(reps, step, cfg.run.steps, tokens)
-        self.judges = [verdict.Judge(program.references) for _ in reps]
+        self.judges = [judging.Judge(program.references) for _ in reps]
         self.sum_lr = [rate_sum(rep.hyper, cfg.run) for rep in reps]
         self.verdicts: dict[int, verdict.Verdict] = {}
         self.failed: dict[int, dict] = {}

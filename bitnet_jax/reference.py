@@ -19,11 +19,13 @@ CURVE_SCALES = tuple(i / 20 for i in range(25))
 CHUNK_ROWS = 64  # dense rows [V] of the bigram held at once
 
 
-def unigram_probs(tokens_N, vocab_size: int, alpha: float = 0.1) -> np.ndarray:
-    """Add-alpha token frequencies, float64 [V]."""
+def unigram_probs(tokens_N, vocab_size: int, alpha: float = 0.1, scored_N=None) -> np.ndarray:
+    """Add-alpha token frequencies, of the scored tokens where that is given; float64 [V]."""
     counts_V = np.full(vocab_size, alpha)
     for start in range(0, len(tokens_N), COUNT_TOKENS):
         chunk_N = tokens_N[start : start + COUNT_TOKENS]
+        if scored_N is not None:
+            chunk_N = chunk_N[scored_N[start : start + COUNT_TOKENS]]
         counts_V += np.bincount(chunk_N, minlength=vocab_size)
     return counts_V / counts_V.sum()
 
@@ -71,10 +73,12 @@ def scored_mean(values, batch: Batch) -> float:
     return float((values * batch.weights).sum() / batch.weights.sum(dtype=np.float64))
 
 
-def fit(train_N, vocab_size: int) -> Predictors:
-    """Fit the predictors on at most FIT_TOKENS tokens."""
+def fit(train_N, vocab_size: int, scored_N=None) -> Predictors:
+    """Fit the predictors on at most FIT_TOKENS tokens; what is not scored is only a context."""
     fit_N = train_N[:FIT_TOKENS]
-    return Predictors(unigram_probs(fit_N, vocab_size), bigram_counts(fit_N, vocab_size))
+    scored_N = None if scored_N is None else scored_N[:FIT_TOKENS]
+    unigram_V = unigram_probs(fit_N, vocab_size, scored_N=scored_N)
+    return Predictors(unigram_V, bigram_counts(fit_N, vocab_size, scored_N))
 
 
 def references(predictors: Predictors, held_out: Batch, tracked: Batch | None = None) -> dict:
@@ -131,13 +135,17 @@ def unigram_curve(model_probs_V, target_counts_V, scales) -> dict[str, list[floa
     return curve
 
 
-def bigram_counts(tokens_N, vocab_size: int) -> sparse.csr_array:
-    """How often token y follows token x, as sparse rows x: int32 [V, V]."""
+def bigram_counts(tokens_N, vocab_size: int, scored_N=None) -> sparse.csr_array:
+    """How often (scored) token y follows token x, as sparse rows x: int32 [V, V]."""
     counts_VV = sparse.csr_array((vocab_size, vocab_size), dtype=np.int32)
     for start in range(0, len(tokens_N) - 1, COUNT_TOKENS):
         x_N = tokens_N[start : start + COUNT_TOKENS]
         y_N = tokens_N[start + 1 : start + 1 + COUNT_TOKENS]
-        pairs = (np.ones(len(y_N), np.int32), (x_N[: len(y_N)], y_N))
+        x_N = x_N[: len(y_N)]
+        if scored_N is not None:
+            kept_N = scored_N[start + 1 : start + 1 + COUNT_TOKENS]
+            x_N, y_N = x_N[kept_N], y_N[kept_N]
+        pairs = (np.ones(len(y_N), np.int32), (x_N, y_N))
         counts_VV += sparse.coo_array(pairs, shape=counts_VV.shape).tocsr()
     return counts_VV
 

@@ -19,7 +19,7 @@ def start_state(program: Program, workdir: Path) -> tuple[train.TrainState, int]
     """Where training starts: resume this workdir, else as `run.init` says, else from scratch."""
     steps = checkpoint.kept_steps(workdir)
     if steps:
-        check_rows(workdir, steps[-1])
+        check_saved_rows(workdir, steps[-1])
         return checkpoint.restore(workdir, steps[-1], program.abstract_state), steps[-1]
     kind, _, source = (program.cfg.run.init or "").partition(":")
     if kind == "hf":
@@ -93,7 +93,7 @@ def load_model(source: str) -> Model:
     """The model of `WORKDIR[@STEP[:REPLICATE]]` or of a Hugging Face folder; raises UserError."""
     if is_hf_folder(Path(source)):
         cfg, params, tokenizer = hf.load(Path(source))
-        return Model(source, cfg, config.Hyper(), params, tokenizer)
+        return Model(source, cfg, hf.strengths(Path(source), cfg.model), params, tokenizer)
     workdir, step, index = checkpoint_place(source)
     cfg, replicate, state = load_replicate(workdir, step, index or 0)
     label = f"{workdir}@{step}:{index or 0} ({replicate.name}, seed {replicate.seed})"
@@ -120,20 +120,26 @@ def saved_corpus(workdir: Path, step: int) -> dict:
     return saved["corpus"]
 
 
-def check_rows(workdir: Path, step: int) -> int:
-    """Bytes of metrics.jsonl up to a checkpoint; UserError unless they are as they were then."""
-    path, saved = workdir / "metrics.jsonl", checkpoint.load_config(workdir, step).get("metrics")
-    if saved is None or log.seal(path, saved["bytes"]) != saved:
+def check_rows(workdir: Path, sealed: dict | None, when: str) -> int:
+    """Bytes of metrics.jsonl that were `sealed` (log.seal); UserError unless they are the same."""
+    path = workdir / "metrics.jsonl"
+    if sealed is None or log.seal(path, sealed["bytes"]) != sealed:
         raise UserError(
-            f"{path}: not as it was when step {step} was saved; to go on without it, fork: "
+            f"{path}: not as it was when {when}; to go on without it, fork: "
             f"--set run.init=fork:{workdir} --workdir {workdir}-2"
         )
-    return saved["bytes"]
+    return sealed["bytes"]
+
+
+def check_saved_rows(workdir: Path, step: int) -> int:
+    """Bytes of metrics.jsonl up to a checkpoint; UserError unless they are as they were then."""
+    sealed = checkpoint.load_config(workdir, step).get("metrics")
+    return check_rows(workdir, sealed, f"step {step} was saved")
 
 
 def evaluations(workdir: Path, step: int, index: int) -> list[dict]:
     """The evaluations of a replicate up to a checkpoint; raises UserError as `check_rows` does."""
-    size = check_rows(workdir, step)
+    size = check_saved_rows(workdir, step)
     with (workdir / "metrics.jsonl").open("rb") as file:
         rows = [json.loads(line) for line in file.read(size).splitlines()]
     return [row for row in rows if (row["kind"], row["replicate"]) == ("eval", index)]
@@ -174,8 +180,8 @@ def imported_state(program: Program, folder: Path) -> train.TrainState:
         raise UserError(f"{start}: packed weights cannot be trained; export the master weights")
     if tokenizer.key != program.tokens.tokenizer.key:
         raise UserError(
-            f"{start}: not its tokenizer: data.tokenizer={program.cfg.data.tokenizer} differs; set "
-            f"data.tokenizer=hf:{folder}"
+            f"{start}: not its tokenizer: data.tokenizer={program.cfg.data.tokenizer} differs; add "
+            f"--set data.tokenizer=hf:{folder}"
         )
     differing = [
         f"model.{name}={value}"
@@ -183,7 +189,7 @@ def imported_state(program: Program, folder: Path) -> train.TrainState:
         if value != getattr(ours, name)
     ]
     if differing:
-        raise UserError(f"{start}: another model; set {' '.join(differing)}")
+        raise UserError(f"{start}: another model; add --set {' --set '.join(differing)}")
     groups, n_rep = optim.param_groups(params), len(program.replicates)
 
     def replicated(tree):

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import checkpoint, config, config_file, forecast, generate, log, page, restore
+from bitnet_jax import checkpoint, config, config_file, data, forecast, generate, log, page, restore
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program, build
 from bitnet_jax.recorder import Recorder
@@ -21,6 +21,7 @@ from bitnet_jax.workdir import check_same, describe, fork_command, occupied, wri
 
 N_PROMPTS = 16  # held-out beginnings that every replicate continues at the end
 N_SHOWN = 3  # of them on the page
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR)
 
 
 class Interrupted(Exception):
@@ -53,12 +54,11 @@ def run(
             settings = config_file.to_json(program.cfg, replicates)
             check_same(workdir, settings, program.tokens.identity)
             path = workdir / "summary.json"
-            if path.exists() and (summary := log.read_json(path)).get("finished"):
+            if path.exists() and (summary := log.read_sealed(path)).get("finished"):
                 place = f"{workdir}: finished before at step {summary.get('step')}"
                 longer = {"run.steps": 2 * cfg.run.steps}
                 print(f"{place}; to train longer: {fork_command(workdir, longer)}")
-                if steps := checkpoint.kept_steps(workdir):
-                    restore.check_rows(workdir, steps[-1])
+                restore.check_rows(workdir, summary["metrics"], "the run ended")
                 page.write_page(workdir)
                 return summary
             # float32 means float32: else a TPU multiplies it in bfloat16 and a GPU in TF32.
@@ -66,8 +66,9 @@ def run(
             with jax.set_mesh(program.mesh), jax.default_matmul_precision(precision):
                 return _train(program, settings, workdir, stop_when_collapsed)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise UserError(f"{workdir}: cannot write: {error.strerror}") from error
+        if error.errno in UNWRITABLE:
+            place = error.filename2 or workdir
+            raise UserError(f"{place}: cannot write: {error.strerror}") from error
         raise
 
 
@@ -99,9 +100,10 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
                 "resumed_from": start,
                 "wall_seconds": round(time.monotonic() - began, 1),
                 "tokens_per_second": round(recorder.progress.tokens_per_second, 1),
+                "metrics": log.seal(workdir / "metrics.jsonl"),
                 "replicates": [a | b for a, b in zip(recorder.outcomes(), decoded, strict=True)],
             }
-            log.write_json(workdir / "summary.json", summary)
+            log.write_sealed(workdir / "summary.json", summary)
             page.write_page(workdir)
         except KeyboardInterrupt as stop:
             text = f"stopped after step {step}, before the page was written, and saved"
@@ -182,13 +184,13 @@ def continuations(program: Program, state: TrainState) -> list[dict]:
     tokenizer, held_out_N = program.tokens.tokenizer, program.tokens.validation_N
     n_prompt = program.cfg.data.seq_len // 2
     n_new, end = max(32, n_prompt), np.array(tokenizer.ends)  # loops need some length to be seen
-    starts_B = np.linspace(0, max(0, len(held_out_N) - n_prompt - n_new), N_PROMPTS).astype(int)
+    starts_B, lengths_B = data.beginnings(program.tokens, N_PROMPTS, n_prompt, n_new)
     windows_BL = starts_B[:, None] + np.arange(n_prompt + n_new)
     tokens_BL = held_out_N.take(windows_BL, mode="wrap").astype(np.int32)
     decode = partial(
         generate.generate,
         *(program.cfg, state.params, program.hyper, tokens_BL[:, :n_prompt]),
-        *(np.full(N_PROMPTS, n_prompt), n_new),
+        *(lengths_B, n_new),
         seed=0,
         end_of_text=end,
     )
@@ -200,7 +202,7 @@ def continuations(program: Program, state: TrainState) -> list[dict]:
         kinds = {
             "greedy": greedy_RBN[i],
             "sampled": sampled_RBN[i],
-            "text": tokens_BL[:, n_prompt:],
+            "text": np.take_along_axis(tokens_BL, lengths_B[:, None] + np.arange(n_new), axis=1),
         }
         decoded = {
             f"decode/{kind}_{name}": float(f"{value:.5g}")
@@ -210,7 +212,7 @@ def continuations(program: Program, state: TrainState) -> list[dict]:
         }
         texts = [
             {
-                "prompt": tokenizer.decode(tokens_BL[b, :n_prompt]),
+                "prompt": tokenizer.decode(tokens_BL[b, : lengths_B[b]]),
                 "text": tokenizer.decode(generate.until_end(greedy_RBN[i, b], end)),
                 "sampled": tokenizer.decode(generate.until_end(sampled_RBN[i, b], end)),
             }

@@ -17,7 +17,10 @@ IDENTITY, MECHANISM, SYMPTOM = range(3)
 
 NEEDED_RATE = 0.02  # sum of learning rates that a healthy run needs to learn word frequencies
 ROUNDING = 1e-3  # relative error of a factor or of a loss that rounding does not explain
-LABEL_MARGIN = 0.1  # nats between the offset that explains the loss and the sound one
+LABEL_MARGIN = 0.1  # nats between the offset that is nearest to the loss and the sound one
+# Nats within which an offset gives the loss itself. It needs no margin: in a model that ignores its
+# context all offsets cost nearly the same.
+SAME_LOSS = 1e-4
 # Share of the update of ternary matrices that is decay. Width 64, 400 steps: coupled 0.1 and 0.03
 # 0.5 (context lost), 0.01 0.39, 0.001 0.26, 0.0001 0.05 (learned); decoupled 0.1 0.03.
 DECAY_SHARE, DECAY_FULL = 0.1, 0.45
@@ -88,9 +91,11 @@ def decay_evidence(m: dict) -> str:
 
 
 def shifted(m: dict) -> bool:
-    """Another offset gives the training loss, and the sound one does not, by a clear margin."""
+    """Another offset gives the training loss in every batch, and the sound one does not: to the
+    digit, or near it by a clear margin."""
     margin = m["loss_error"] - m["offset_error"]
-    return m["offset"] != 1 and margin > LABEL_MARGIN and m["offset_error"] < 0.1 * margin
+    needed = 100 * SAME_LOSS if m["offset_error"] < SAME_LOSS else LABEL_MARGIN
+    return m["offset"] != 1 and margin > needed and m["offset_error"] < 0.1 * margin
 
 
 def output_still(m: dict) -> bool:

@@ -196,14 +196,15 @@ def open_hf(folder: Path, text: str | None) -> Subject:
         raise UserError(f"{folder}: a model without a run needs a text: --text GLOB")
     cfg, params, _ = hf.load(folder)
     cfg = replace(cfg, data=on_text(cfg.data, text, cfg.data.tokenizer))
-    built = program.build(cfg, [Replicate(folder.name, 0, Hyper())])
+    hyper = hf.strengths(folder, cfg.model)
+    built = program.build(cfg, [Replicate(folder.name, 0, hyper)])
     return Subject(built, jax.tree.map(jnp.asarray, params), 0)
 
 
 def on_text(cfg: data.DataConfig, text: str, tokenizer: str) -> data.DataConfig:
     """The same windows of another text, of which a part is held out."""
     length = min(cfg.seq_len, LONGEST)
-    corpus = {"corpus": f"text:{text}", "validation": None, "tokenizer": tokenizer}
+    corpus = {"corpus": f"text:{text}", "validation": None, "tokenizer": tokenizer, "prompt": None}
     return replace(cfg, seq_len=length, **corpus)
 
 

@@ -1,4 +1,7 @@
-"""Token files: a split is tokenised once into the cache folder, and verified at every start."""
+"""Token files: a split is tokenised once into the cache folder, and verified at every start.
+
+Where documents have prompts, a record of the file is a token and whether it is scored.
+"""
 
 import hashlib
 import re
@@ -74,13 +77,18 @@ def cached_tokens(
 
     Each document has `tokenizer.begin` before and `tokenizer.close` after it; `by_line`, there is
     one document, of the `stripped_lines`, without an end.
+
+    With prompts the records [N] have the fields `token` and `scored`: those of a prompt, and what
+    stands before it, are not. A prompt and its text are encoded apart, as a prompt is whose
+    continuation is yet to come.
     """
     rule = f"{split.sha256} {tokenizer.key}" + " stripped lines" * by_line
     path = cache.folder() / f"tokens-{hashlib.sha256(rule.encode()).hexdigest()[:16]}.npy"
 
     def write():
         stretches = split.read()
-        stretches = stripped_lines(stretches) if by_line else pieces(stretches, tokenizer)
+        if not split.prompts:
+            stretches = stripped_lines(stretches) if by_line else pieces(stretches, tokenizer)
         _write(path, f"tokenizing {name}", split, stretches, tokenizer)
 
     return cache.cached(path, lambda: _read(path), write)
@@ -103,19 +111,28 @@ def _map(file: BinaryIO) -> np.ndarray:
 
 
 def _write(path: Path, title: str, split: Split, stretches: Stream, tokenizer: Tokenizer) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.int32)
+    token = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.int32)
+    dtype = np.dtype([("token", token), ("scored", np.bool_)]) if split.prompts else token
     begin, close = (np.array(ids, np.int32) for ids in (tokenizer.begin, tokenizer.close))
     counts = {"tokens": 0, "bytes": 0, "documents": 0, "sha256": split.sha256}
+    counts |= {"scored": 0} if split.prompts else {}
     bar = tqdm(desc=title, unit="B", unit_scale=True, total=split.size)
     with cache.replacing(path) as file, bar:
         _write_header(file, dtype, 0)
-        starts = True
+        starts = bare = True  # bare: no token of the document has been written, so none is scored
         for batch in _batches(stretches):
             rows = tokenizer.encode_batch([text for text, _ in batch])
             for ids_n, (_, ends) in zip(rows, batch, strict=True):
                 row = [begin[: starts * len(begin)], ids_n, close[: ends * len(close)]]
-                file.write(np.concatenate(row).astype(dtype).tobytes())
-                counts["tokens"] += sum(map(len, row))
+                row_n = np.concatenate(row).astype(token)
+                counts["tokens"] += len(row_n)
+                if split.prompts:
+                    scored_n = np.full(len(row_n), not starts)
+                    scored_n[:1] &= not bare
+                    bare = ends or (bare and not len(row_n))
+                    counts["scored"] += int(scored_n.sum())
+                    row_n = with_scores(row_n, scored_n)
+                file.write(row_n.tobytes())
                 counts["documents"] += ends
                 starts = ends
             size = sum(len(text.encode()) for text, _ in batch)
@@ -126,10 +143,17 @@ def _write(path: Path, title: str, split: Split, stretches: Stream, tokenizer: T
     cache.write_json(path.with_suffix(".json"), {"checksum": checksum, "counts": counts})
 
 
+def with_scores(tokens_N: np.ndarray, scored) -> np.ndarray:
+    """Records of tokens and whether each is scored (one for all, or [N])."""
+    records_N = np.empty(len(tokens_N), [("token", tokens_N.dtype), ("scored", np.bool_)])
+    records_N["token"], records_N["scored"] = tokens_N, scored
+    return records_N
+
+
 def _write_header(file, dtype: np.dtype, n: int) -> None:
     """Write a .npy header; numpy pads it so that its size does not depend on `n`."""
     file.seek(0)
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (n,)}
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 

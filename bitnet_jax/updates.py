@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from bitnet_jax import optim, train
-from bitnet_jax.config import Hyper
+from bitnet_jax.config import Config, Hyper
 from bitnet_jax.data import Batch
 from bitnet_jax.loss import cross_entropy
 from bitnet_jax.program import Program
@@ -36,6 +36,7 @@ SERVED_STEPS = 32  # batches in which windows are compared
 OVERFIT_LOSS, OVERFIT_STEPS = 2.0, 25  # nats; steps between looks
 SPREAD = 3.0  # spread of the logits at which losses of different targets are nats apart
 OFFSETS = (0, 1, 2, 3)  # k of the target x[t + k]
+LABEL_BATCHES = 4  # in which an offset has to explain the loss
 RUN = 16  # equal tokens in a row that are padding
 
 
@@ -64,7 +65,8 @@ def decay_numbers(program: Program, hyper: Hyper, params) -> dict:
     still = hyper.replace(**dict.fromkeys(rates, jnp.zeros(())))
     first = max(0, min(run.boundary - AUDIT_STEPS // 2, run.steps - AUDIT_STEPS))
     last = min(first + AUDIT_STEPS, run.steps)
-    shrunk, unscaled = (_starved(program, h, sample, first, last) for h in (hyper, still))
+    fixed_ = (program.cfg, program.seams.optimizer, first, last)
+    shrunk, unscaled = (_starved(*fixed_, h, sample) for h in (hyper, still))
     n = np.arange(first + 1, last + 1)
     lr = np.asarray(optim.learning_rate(hyper, n, run), np.float64)
     rate = np.asarray(
@@ -87,10 +89,10 @@ def decay_numbers(program: Program, hyper: Hyper, params) -> dict:
     return found
 
 
-def _starved(program: Program, hyper: Hyper, params, first: int, last: int):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _starved(cfg: Config, optimizer: Callable, first: int, last: int, hyper: Hyper, params):
     """Parameters after the updates first + 1 .. last with zero gradients."""
-    cfg = program.cfg
-    tx = program.seams.optimizer(cfg.optim, cfg.run, hyper, optim.param_groups(params))
+    tx = optimizer(cfg.optim, cfg.run, hyper, optim.param_groups(params))
     counts = jax.tree.map(lambda x: x + first * (x.dtype == jnp.int32), tx.init(params))
     zeros = jax.tree.map(jnp.zeros_like, params)
 
@@ -98,7 +100,7 @@ def _starved(program: Program, hyper: Hyper, params, first: int, last: int):
         updates, state = tx.update(zeros, carry[1], carry[0])
         return optax.apply_updates(carry[0], updates), state
 
-    return jax.jit(lambda c: jax.lax.fori_loop(first, last, update, c))((params, counts))[0]
+    return jax.lax.fori_loop(first, last, update, (params, counts))[0]
 
 
 class Shadow(NamedTuple):
@@ -194,11 +196,25 @@ def batches(s: Subject) -> dict:
 
 
 def labels(s: Subject) -> dict:
-    """Which targets give the loss that training minimises on the first batch, with logits scaled to
-    a spread of SPREAD where they are smaller, so that offsets differ by nats in any model: `offset`
-    k of the x[t + k] whose cross-entropy is nearest, `offset_error` its distance, `loss_error` the
-    distance at k = 1, the sound one."""
-    batch = jax.tree.map(lambda x: np.asarray(x[0]), served(s.program, 1))
+    """Which targets give the loss that training minimises on the first LABEL_BATCHES batches, with
+    logits scaled to a spread of SPREAD where they are smaller, so that offsets differ by nats where
+    predictions differ: `offset` k of the x[t + k] whose cross-entropy is nearest, `offset_error`
+    its distance, `loss_error` that of k = 1, the sound one, each the largest of the batches."""
+    batches = jax.tree.map(np.asarray, served(s.program, LABEL_BATCHES))
+    errors_NK = [
+        _label_errors(s, jax.tree.map(lambda x, n=n: x[n], batches)) for n in range(LABEL_BATCHES)
+    ]
+    errors = np.max(errors_NK, axis=0)
+    best = int(np.argmin(errors))
+    return {
+        "offset": OFFSETS[best],
+        "offset_error": float(errors[best]),
+        "loss_error": float(errors[1]),
+    }
+
+
+def _label_errors(s: Subject, batch: Batch) -> list[float]:
+    """Distance of the training loss of a batch from the cross-entropy of each of OFFSETS."""
     z_BLV = s.logits(batch.inputs, s.peak)
     z_BLV = z_BLV * max(1.0, SPREAD / max(float(jnp.mean(jnp.std(z_BLV, axis=-1))), 1e-30))
     hyper, unigram_V = arrays(s.program.replicates[0].hyper), s.program.evals.unigram_V
@@ -212,8 +228,7 @@ def labels(s: Subject) -> dict:
         weights_BL[:, :n] = batch.weights[:, max(k - 1, 0) :][:, :n]
         nats = cross_entropy(z_BLV, Batch(batch.inputs, targets_BL, weights_BL))
         errors.append(abs(float(nats) - trained))
-    best = int(np.argmin(errors))
-    return {"offset": OFFSETS[best], "offset_error": errors[best], "loss_error": errors[1]}
+    return errors
 
 
 def logit_gain(s: Subject) -> float:

@@ -2,7 +2,8 @@
 
 A row holds the keys of an evaluation and of the training step before it, `step` and `sum_lr` (of
 the learning rates so far). `references` are those of `reference.references`. Distinct predictions
-decide nothing: they are few in young healthy models and many in noise.
+decide nothing: they are few in young healthy models and many in noise. A row of another trainer's
+log may have the loss alone: a test decides only where a row has the numbers that it `needs`.
 
 The state is the first label, in the order below, whose test passes. Where a threshold was measured,
 "healthy" are 13 runs of up to 1000 steps whose decay does not pass through Adam, with and without a
@@ -10,7 +11,6 @@ tied embedding.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,15 +24,18 @@ FINE, CAUTION, ALARM = range(3)
 LARGE_BLOCK = "held_out"  # the entry of `references` that a run with large blocks has
 PREDICTORS = ("uniform", "unigram")
 ROW_KEYS = ("collapse/verdict", "collapse/evidence", "collapse/next", "collapse/warnings")
-REQUIRED = ("step", "sum_lr", LOSS, ENTROPY, LOGIT_STD, MI, UNIGRAM_KL)
 
 
 class Label(NamedTuple):
-    """Severity, what a headline says of a run in this state, what to look at or run next."""
+    """Severity, what a headline says of a run in this state, what to look at or run next.
+
+    `needs` are the numbers of a row without which its test cannot decide.
+    """
 
     severity: int
     headline: str
     next: str
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,14 @@ def learned(row: dict, references: dict) -> bool:
 
     Its loss is below the unigram's by more than two standard errors of the paired difference over
     the large block, where the row has one, and by 0.16 nats where not; and its mutual information
-    of context and prediction is above 0.1.
+    of context and prediction is above 0.1. Where that is not known the loss decides alone: to be d
+    nats below the best prediction without context takes d nats of information from the context.
     """
     if metrics.MINUS_UNIGRAM in row:
         below = row[metrics.MINUS_UNIGRAM] < -ERRORS * row[metrics.MINUS_UNIGRAM_SE]
         return below and row[metrics.HELD_OUT_MUTUAL_INFORMATION] > BLIND
-    return above_unigram(row, references) < -BELOW_WITHOUT_ERROR and row[MI] > BLIND
+    below = above_unigram(row, references) < -BELOW_WITHOUT_ERROR
+    return below and row.get(MI, math.inf) > BLIND
 
 
 def above_unigram(row: dict, references: dict) -> float:
@@ -110,120 +115,42 @@ def collapsed(verdict: Verdict) -> bool:
 
 
 LATE = 0.05  # sum of learning rates: how far weights can have moved; healthy: transit ends by 0.03
+LATE_STEPS = 1000  # where no learning rate is known: that sum at 5e-5, transformers' default
 PERSIST, PERSIST_BLIND = 3, 5  # evaluations in a row; healthy and tied: blind around step 20 alone
 FAR = 1.0  # nats above the unigram, at most half of the way to uniform; healthy and late: to 0.59
 CUSUM_DRIFT = 0.05  # nats an evaluation by which a loss may stay above its best
 
 
-class Judge:
-    """Judges one replicate, evaluation by evaluation, at a cost that does not grow with the run."""
-
-    def __init__(self, references: dict):
-        self.references = references
-        self.first: dict = {}
-        self.rows: deque[dict] = deque(maxlen=PERSIST_BLIND)
-        self.best_loss = self.best_kl = math.inf
-        self.drift = 0.0
-        self.gaps = self.widest_gap = 0
-
-    def update(self, row: dict) -> Verdict:
-        """The verdict after one more evaluation."""
-        missing = [f"{name} predictor" for name in PREDICTORS if name not in self.references]
-        missing += [key for key in REQUIRED if row.get(key) is None]
-        if missing:
-            evidence, name = f"without {', '.join(missing)}", "insufficient_data"
-            return Verdict(name, evidence, LABELS[name].next)
-        self._remember(row)
-        name = next(name for name, test in TESTS.items() if test(self))
-        ahead = {alarm: text for alarm, test in WARNINGS if (text := test(self)) and alarm != name}
-        warned = ahead and LABELS[name].severity == FINE
-        advice = LABELS[next(iter(ahead)) if warned else name].next
-        return Verdict(name, _evidence(self, name), advice, tuple(ahead.values()), self.stuck)
-
-    def _remember(self, row: dict) -> None:
-        if self.rows:
-            self.gaps += 1
-            self.widest_gap = max(self.widest_gap, row["step"] - self.row["step"])
-        self.first = self.first or row
-        self.rows.append(row)
-        self.row, self.above = row, above_unigram(row, self.references)
-        self.late, self.learned = row["sum_lr"] >= LATE, learned(row, self.references)
-        self.stuck = self.late and not self.learned
-        self.started = self.late or row["step"] >= SLOW_STEPS
-        # One-sided cumulative sum of the loss above its best, less a drift; 0 at each new best.
-        above_best = row[LOSS] - self.best_loss
-        self.drift = max(0.0, self.drift + above_best - CUSUM_DRIFT) if above_best >= 0 else 0.0
-        self.best_loss = min(self.best_loss, row[LOSS])
-        self.best_kl = min(self.best_kl, row[UNIGRAM_KL])
-
-    def lasts(self, n: int, test: Callable[[dict], bool]) -> bool:
-        """Whether each of the last n evaluations passes."""
-        return len(self.rows) >= n and all(test(row) for row in list(self.rows)[-n:])
-
-    def far(self) -> bool:
-        """Far above the unigram's loss, some evaluations in a row."""
-        uniform, unigram = (self.references[name]["loss"] for name in PREDICTORS)
-        limit = min(FAR, (uniform - unigram) / 2)
-        return self.lasts(PERSIST, lambda row: above_unigram(row, self.references) > limit)
-
-
-def verdict(history: Sequence[dict], references: dict) -> Verdict:
-    """The verdict on a replicate's evaluations, oldest first: `Judge` over all of them."""
-    judge = Judge(references)
-    return [judge.update(row) for row in history or [{}]][-1]
-
-
-def _evidence(judge: Judge, name: str) -> str:
-    row, above, gap = judge.row, judge.above, _confidence(judge.row)
-    if name == "insufficient_data":
-        return f"{judge.widest_gap} steps without an evaluation"
-    if name == "nonfinite":
-        return f"loss {row[LOSS]:.2f}, entropy {row[ENTROPY]:.2f}"
-    loss, beside = row[LOSS], f"{judge.references['unigram']['loss']:.2f}"
-    if metrics.MINUS_UNIGRAM in row:
-        loss = row[metrics.HELD_OUT_LOSS]
-        beside = f"(standard error {row[metrics.MINUS_UNIGRAM_SE]:.3f})"
-    parts = [
-        f"loss {loss:.2f} is {_beside(above)} the unigram's {beside}",
-        f"entropy {row[ENTROPY]:.2f} is {_beside(-gap)} the loss",
-        f"mutual information {row[MI]:.3f}",
-    ]
-    if _norm(row) < 1 + FROZEN_NORM:
-        parts.append(f"{_output(row)} norm {_norm(row):.2g} of initial")
-    if name == "slow":
-        parts.append(f"sum of learning rates {row['sum_lr']:.2g}")
-    return "; ".join(parts)
-
-
-def _beside(difference: float) -> str:
+def beside(difference: float) -> str:
+    """`0.12 above` or `0.12 below`."""
     return f"{abs(difference):.2f} {'above' if difference > 0 else 'below'}"
 
 
-def _confidence(row: dict) -> float:
-    """loss - entropy: below 0 larger logits would lower the loss."""
-    return row[LOSS] - row[ENTROPY]
+def confidence(row: dict) -> float:
+    """loss - entropy: below 0 larger logits would lower the loss; NaN where it is not known."""
+    return row[LOSS] - row.get(ENTROPY, math.nan)
 
 
-def _output(row: dict) -> str:
+def output(row: dict) -> str:
     """The group of the matrix that makes the logits: the head, or the tied embedding."""
     return "head" if f"{metrics.NORM_RATIO}head" in row else "embedding"
 
 
-def _norm(row: dict) -> float:
+def norm(row: dict) -> float:
     """Share that is left of that matrix's initial norm; NaN where it is not known."""
-    return row.get(metrics.NORM_RATIO + _output(row), math.nan)
+    return row.get(metrics.NORM_RATIO + output(row), math.nan)
 
 
 LABELS: dict[str, Label] = {}  # in order of precedence
-TESTS: dict[str, Callable[[Judge], bool]] = {}
+TESTS: dict[str, Callable[..., bool]] = {}  # of a `judging.Judge` that has seen the history
 
 
-def label(severity: int, headline: str, advice: str):
+def label(severity: int, headline: str, advice: str, *needs: str):
     """Register the test `_NAME` of a label behind those before it."""
 
     def register(test):
         name = test.__name__.removeprefix("_")
-        LABELS[name] = Label(severity, headline, advice)
+        LABELS[name] = Label(severity, headline, advice, needs)
         TESTS[name] = test
         return test
 
@@ -243,16 +170,21 @@ def _insufficient_data(judge):
 @label(ALARM, "diverged", "the first tensor that is not finite")
 def _nonfinite(judge):
     """Loss or entropy is NaN or inf."""
-    return not (math.isfinite(judge.row[LOSS]) and math.isfinite(judge.row[ENTROPY]))
+    return not all(math.isfinite(judge.row.get(key, 0.0)) for key in (LOSS, ENTROPY))
 
 
 DECAYED = 0.5  # share of the initial norm; healthy 0.99 and more, coupled decay 0.02 to 0.16
 
 
-@label(ALARM, "collapsed", "is decay coupled into Adam, or not times the learning rate?")
+@label(
+    ALARM,
+    "collapsed",
+    "is decay coupled into Adam, or not times the learning rate?",
+    metrics.NORM_RATIO,
+)
 def _underscaled_decayed(judge):
     """Late and above the unigram's loss; the output matrix is below half of its initial norm."""
-    return judge.stuck and judge.above > 0 and _norm(judge.row) < DECAYED
+    return judge.stuck and judge.above > 0 and norm(judge.row) < DECAYED
 
 
 REGRESSION, REGRESSION_KL = 0.5, 0.3  # nats above the best; unscaled decay: loss 7.97 to 9.80
@@ -260,9 +192,16 @@ REGRESSION, REGRESSION_KL = 0.5, 0.3  # nats above the best; unscaled decay: los
 
 @label(ALARM, "lost what it had learned", "gradient norm at the best loss; fork from there")
 def _regression(judge):
-    """Loss and distance from the word frequencies are above their best, three times in a row."""
+    """Loss and distance from the word frequencies are above their best, three times in a row.
+
+    Where that distance is not known, the loss alone.
+    """
     lost, lost_kl = judge.best_loss + REGRESSION, judge.best_kl + REGRESSION_KL
-    return judge.lasts(PERSIST, lambda row: row[LOSS] > lost and row[UNIGRAM_KL] > lost_kl)
+
+    def worse(row):
+        return row[LOSS] > lost and (UNIGRAM_KL not in row or row[UNIGRAM_KL] > lost_kl)
+
+    return judge.lasts(PERSIST, worse)
 
 
 INITIAL = 0.1  # nats from ln V + std^2 / 2, the loss of Gaussian logits; fresh models: to 0.05
@@ -272,47 +211,71 @@ SLOW_STEPS = 300  # loss 9.6 at a sum of learning rates of 0.007; healthy runs a
 @label(FINE, "has not started to learn", "wait")
 def _init(judge):
     """Neither late nor after 300 steps; loss and logits as at initialisation."""
-    initial = judge.references["uniform"]["loss"] + judge.row[LOGIT_STD] ** 2 / 2
-    return not judge.started and abs(judge.row[LOSS] - initial) < INITIAL
+    uniform, std = judge.references["uniform"]["loss"], judge.row.get(LOGIT_STD)
+    if std is None:  # the spread of a fresh model's logits only adds to the loss
+        return not judge.started and judge.row[LOSS] > uniform - INITIAL
+    return not judge.started and abs(judge.row[LOSS] - (uniform + std**2 / 2)) < INITIAL
 
 
 OVERCONFIDENT = 1.0  # loss - entropy; 10 times the learning rate 6.1; healthy to 2.4, but not far
 
 
-@label(ALARM, "diverged", "lower learning rate, longer warm-up, larger batches")
+@label(ALARM, "diverged", "lower learning rate, longer warm-up, larger batches", ENTROPY)
 def _overconfident(judge):
     """Far above the unigram's loss, which is more than 1 nat above the entropy."""
-    return judge.far() and judge.lasts(PERSIST, lambda row: _confidence(row) > OVERCONFIDENT)
+    return judge.far() and judge.lasts(PERSIST, lambda row: confidence(row) > OVERCONFIDENT)
 
 
 UNDERCONFIDENT = -0.3  # loss - entropy; faults -0.9 and less; healthy -0.06 and more once late
 FROZEN_NORM, FROZEN_STD = 1e-3, 0.02  # relative changes; a head that is not updated: 0 and 0
 
 
-@label(ALARM, "collapsed", "triage: is the head updated at all?")
+@label(
+    *(ALARM, "collapsed", "triage: is the head updated at all?"),
+    *(ENTROPY, LOGIT_STD, metrics.NORM_RATIO),
+)
 def _underscaled_head_frozen(judge):
     """Underscaled, with the output matrix and the spread of the logits as at initialisation."""
     first, row = judge.first[LOGIT_STD], judge.row
     same_std = abs(row[LOGIT_STD] - first) < FROZEN_STD * first
-    return _underscaled(judge) and same_std and abs(_norm(row) - 1) < FROZEN_NORM
+    return _underscaled(judge) and same_std and abs(norm(row) - 1) < FROZEN_NORM
 
 
-@label(ALARM, "collapsed", "triage: temperature fit, norm of the head")
+@label(ALARM, "collapsed", "triage: temperature fit, norm of the head", ENTROPY)
 def _underscaled(judge):
     """Late, far, and the loss below the entropy: larger logits would lower the loss."""
-    return judge.stuck and judge.far() and _confidence(judge.row) < UNDERCONFIDENT
+    return judge.stuck and judge.far() and confidence(judge.row) < UNDERCONFIDENT
 
 
-@label(ALARM, "collapsed", "triage: gradients by group, order of the targets")
+@label(ALARM, "collapsed", "triage: gradients by group, order of the targets", ENTROPY)
 def _dead(judge):
     """Late and far, with confidence about right."""
     return judge.stuck and judge.far()
 
 
-@label(ALARM, "collapsed", "triage: norms, attention mask, order of the targets")
+@label(ALARM, "collapsed", "triage: norms, attention mask, order of the targets", MI)
 def _context_blind(judge):
     """Late, and predictions do not depend on the context, five times in a row."""
     return judge.stuck and judge.lasts(PERSIST_BLIND, lambda row: row[MI] < BLIND)
+
+
+@label(ALARM, "collapsed", "log the entropy: it says whether the logits are too small")
+def _unlearned(judge):
+    """Late and far, and nothing is known that says why."""
+    return judge.stuck and judge.far()
+
+
+PROGRESS = 0.05  # nats by which healthy runs above the unigram fall while their steps double
+
+
+@label(ALARM, "is stuck at word frequencies", "decay inside Adam? rate, masks, order of targets")
+def _stalled(judge):
+    """Late, not learned, and since half of the steps no lower by 0.05 nats.
+
+    Only where the mutual information is not known, which tells whether the context is used.
+    """
+    stands = judge.row["step"] >= 2 * judge.progress_step and len(judge.rows) == PERSIST_BLIND
+    return judge.stuck and stands and MI not in judge.row
 
 
 @label(FINE, "learned", "go on")
@@ -345,27 +308,27 @@ SHRINKING_COSINE, SHRINKING_NORM = -0.7, 0.99  # coupled decay -0.87 at once, he
 
 
 def _updates_shrink_the_output(judge) -> str:
-    rows, key = list(judge.rows)[-PERSIST:], metrics.UPDATE_COSINE + _output(judge.row)
-    falls = _norm(judge.row) < SHRINKING_NORM
-    falls &= all(_norm(a) > _norm(b) for a, b in pairwise(rows))
+    rows, key = list(judge.rows)[-PERSIST:], metrics.UPDATE_COSINE + output(judge.row)
+    falls = norm(judge.row) < SHRINKING_NORM
+    falls &= all(norm(a) > norm(b) for a, b in pairwise(rows))
     shrinks = judge.lasts(PERSIST, lambda row: row.get(key, math.nan) < SHRINKING_COSINE)
     if not (judge.above > 0 and falls and shrinks):
         return ""
-    return f"updates do little but shrink the {_output(judge.row)}: cosine {judge.row[key]:.2f}"
+    return f"updates do little but shrink the {output(judge.row)}: cosine {judge.row[key]:.2f}"
 
 
 def _norm_is_down(judge) -> str:
-    text = f"{_output(judge.row)} norm is down to {_norm(judge.row):.2g} of initial"
-    return text if judge.above > 0 and _norm(judge.row) < DECAYED else ""
+    text = f"{output(judge.row)} norm is down to {norm(judge.row):.2g} of initial"
+    return text if judge.above > 0 and norm(judge.row) < DECAYED else ""
 
 
 UNDERCONFIDENT_ABOVE = 0.3  # nats above the unigram; healthy runs leave this by a sum of 0.03
 
 
 def _logits_too_small(judge) -> str:
-    gap = _confidence(judge.row)
+    gap = confidence(judge.row)
     small = judge.late and judge.above > UNDERCONFIDENT_ABOVE and gap < UNDERCONFIDENT
-    return f"logits too small: entropy {_beside(-gap)} the loss" if small else ""
+    return f"logits too small: entropy {beside(-gap)} the loss" if small else ""
 
 
 # Nats of mutual information; summed learning rate and nats above the unigram by which healthy runs
@@ -375,9 +338,10 @@ BLIND_WARNING, PAST_UNIGRAM, NEAR_UNIGRAM = 0.01, 0.03, 1.5
 
 def _context_ignored(judge) -> str:
     def blind(row):
-        return row[MI] < BLIND_WARNING and above_unigram(row, judge.references) < NEAR_UNIGRAM
+        near = above_unigram(row, judge.references) < NEAR_UNIGRAM
+        return near and row.get(MI, math.nan) < BLIND_WARNING
 
-    ignored = judge.row["sum_lr"] >= PAST_UNIGRAM and judge.lasts(PERSIST_BLIND, blind)
+    ignored = judge.row.get("sum_lr", 0.0) >= PAST_UNIGRAM and judge.lasts(PERSIST_BLIND, blind)
     return f"context is ignored: mutual information {judge.row[MI]:.4f}" if ignored else ""
 
 
@@ -386,7 +350,8 @@ CUSUM_KL = 0.1  # nats above the best KL to the word frequencies; healthy to 0.0
 
 def _loss_drifts_up(judge) -> str:
     away = judge.best_kl + CUSUM_KL
-    lost = judge.drift > REGRESSION and judge.lasts(PERSIST, lambda row: row[UNIGRAM_KL] > away)
+    lost = judge.lasts(PERSIST, lambda row: row.get(UNIGRAM_KL, 0.0) > away)
+    lost &= judge.drift > REGRESSION
     return f"loss drifts up: {judge.row[LOSS]:.2f}, was {judge.best_loss:.2f}" if lost else ""
 
 

@@ -72,7 +72,7 @@ def check_same(workdir: Path, settings: dict, corpus: dict) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    tree = log.read_json(path)
+    tree = log.read_sealed(path)
     saved = config_file.to_json(*config_file.from_json(tree, str(path)))
     if differs := first_difference(_by_importance(saved), _by_importance(settings)):
         name, was, now = differs
@@ -145,4 +145,4 @@ def write_config(program: Program, described: dict, workdir: Path) -> None:
     )
     if not (workdir / "config.json").exists():
         program.tokens.tokenizer.save(workdir / "tokenizer")
-        log.write_json(workdir / "config.json", described)
+        log.write_sealed(workdir / "config.json", described)

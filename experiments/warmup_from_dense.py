@@ -1,8 +1,9 @@
 """Does a quantisation warm-up help a dense model that becomes ternary?
 
-From every seed a dense model (the b158 layout without quantisation) trains for T steps and leaves
-as a Hugging Face folder of master weights. From there, with a new optimiser and the same schedule
-and batches, it trains for T steps more:
+From every seed a dense model (layout b158 or llama without quantisation) trains for T steps and
+leaves as a Hugging Face folder of master weights. With `--set run.init=hf:FOLDER` the dense model
+is that folder's, a LlamaForCausalLM or a BitNetForCausalLM from elsewhere. From there, with a new
+optimiser and the same schedule and batches, it trains for T steps more:
 
     no warm-up          ternary weights and int8 activations from the first step
     warm-up over T/10   both strengths grow as min(step / (T/10), 1): over 1000 steps for T = 10,000
@@ -14,6 +15,7 @@ steps more, is worth.
 
     python -m experiments.warmup_from_dense            # 3 min on 2 cores
     python -m experiments.warmup_from_dense --preset b158 --set run.steps=10000
+    python -m experiments.warmup_from_dense --set run.init=hf:FOLDER --set data.tokenizer=hf:FOLDER
 
 Goes when continued training from dense models is studied at a size that somebody would use.
 """
@@ -22,7 +24,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from bitnet_jax import hf, restore
+from bitnet_jax import hf, hf_config, restore
 from bitnet_jax.config import Config, Hyper, UserError
 from bitnet_jax.metrics import LOSS
 from experiments.lab.arms import Arm, Measure, Request, chosen, train_arms
@@ -65,6 +67,11 @@ def export(request: Request, row: dict) -> Path:
 
 def train(request: Request, arms: list[Arm], measure: Measure | None) -> list[dict]:
     """Rows of the chosen arms; of those that continue, each seed from its own dense model."""
+    if folder := given(request.cfg):
+        assigned = tuple(path for path in request.assigned if path != "run.init")
+        scratch = Arm(SCRATCH, "published", fields={"run.init": None})
+        request = replace(request, assigned=assigned)
+        return train_arms(request, [scratch, *continuations(folder)], measure)
     wanted = {arm.name for arm in chosen(request, arms)}
     continued = wanted - {arm.name for arm in FROM_RANDOM}
     first = [arm for arm in FROM_RANDOM if arm.name in wanted or (continued and arm.name == DENSE)]
@@ -76,11 +83,19 @@ def train(request: Request, arms: list[Arm], measure: Measure | None) -> list[di
     return made
 
 
+def given(cfg: Config) -> str | None:
+    """The folder of a dense model that is there already."""
+    kind, _, folder = (cfg.run.init or "").partition(":")
+    return folder if kind == "hf" else None
+
+
 def check(cfg: Config) -> None:
-    """Raise UserError for a model that cannot leave as a folder."""
-    if cfg.model.layout != "b158":
-        layout = f"model.layout={cfg.model.layout}"
-        raise UserError(f"{layout}: the dense model leaves as a Hugging Face folder; use b158")
+    """Raise UserError for a model that cannot leave as a folder, or does not come from one."""
+    if cfg.model.layout not in hf_config.TYPES:
+        layout = f"model.layout={cfg.model.layout}: the dense model leaves as a Hugging Face folder"
+        raise UserError(f"{layout}; use {' or '.join(hf_config.TYPES)}")
+    if cfg.run.init and not given(cfg):
+        raise UserError(f"run.init={cfg.run.init}: the dense model comes from hf:FOLDER, or is new")
 
 
 def rise(df, arm: str):
@@ -119,7 +134,10 @@ def show(df, exhibits) -> None:
     exhibits.curves(df[df["arm"] != DENSE], title="Held-out loss after the start")
     there = [x for x in (*starts, CEILING) if {x, DENSE} <= set(df["arm"])]
     lines = [[x, rise(df, x).text("+.2f")] for x in there]
-    exhibits.grid("Largest loss after the start, above the dense model's", ["arm", "nats"], lines)
+    if lines:  # none beside a dense model from elsewhere
+        exhibits.grid(
+            "Largest loss after the start, above the dense model's", ["arm", "nats"], lines
+        )
 
 
 if __name__ == "__main__":

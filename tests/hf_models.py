@@ -1,6 +1,7 @@
 """Tiny random models for comparisons with transformers, what both must give, and their folders."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
-from bitnet_jax import generate, hf, loss, quant, tokenizer
+from bitnet_jax import generate, gguf, hf, loss, quant, tokenizer
 from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig, UserError
 from bitnet_jax.data import Batch
 from bitnet_jax.hf_files import INDEX, WEIGHTS
@@ -36,6 +39,34 @@ SHAPES = {
         "rope_theta": 10_000.0,
         "norm_eps": 1e-6,
     },
+    "silu, tied": {
+        "activation": "silu",
+        "d_model": 24,
+        "n_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "d_ff": 48,
+    },
+    "llama, gqa, untied": {
+        "layout": "llama",
+        "activation": "silu",
+        "d_model": 24,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_ff": 48,
+        "tied_embedding": False,
+        "rope_theta": 10_000.0,
+    },
+    "llama, gelu, tied": {
+        "layout": "llama",
+        "activation": "gelu_pytorch_tanh",
+        "d_model": 24,
+        "n_layers": 1,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "d_ff": 40,
+    },
 }
 
 
@@ -44,6 +75,27 @@ def small_tokenizer() -> tokenizer.Tokenizer:
     return tokenizer.load_tokenizer(
         f"bpe:{V}", "hf_models", lambda: iter(["the cat sat on the mat, and the dog ran. " * 9])
     )
+
+
+def cut_as(like: tokenizer.Tokenizer, way: str) -> tokenizer.Tokenizer:
+    """The same vocabulary and merges behind words that are cut in another way."""
+    tree = json.loads(like.backend.to_str())
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    words = {"type": "Split", "pattern": {"Regex": gguf.LLAMA_3}, "behavior": "Isolated"}
+    parts = {
+        "gpt-2": [plain | {"use_regex": True}],
+        "whole words": [plain | {"use_regex": True}],
+        "llama-bpe": [words | {"invert": False}, plain | {"use_regex": False}],
+        "smollm": [{"type": "Digits", "individual_digits": True}, plain | {"use_regex": True}],
+        "digits together": [{"type": "Digits", "individual_digits": False}, plain],
+    }[way]
+    tree["model"]["ignore_merges"] = way in ("llama-bpe", "whole words")
+    tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    if way == "gpt-2":
+        tree["pre_tokenizer"] = parts[0]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    backend.encode_special_tokens = True
+    return replace(like, backend=backend)
 
 
 def random_model(shape: dict, seed: int) -> tuple[Config, dict]:
@@ -67,7 +119,8 @@ def clear_model(shape: dict) -> tuple[Config, dict, np.ndarray]:
 
     Products that are summed in another order differ by about 1e-5 of an int8 code. An activation
     that lies nearer to the middle of two codes may be rounded either way, which moves the logits by
-    more than a comparison can allow; with 1e-4 of distance none does.
+    more than a comparison can allow; with 1e-4 of distance none does. Nor must a weight lie in the
+    middle of two ternary codes, where the mean of the others decides.
     """
     clear = None
     for seed in range(100):
@@ -76,9 +129,16 @@ def clear_model(shape: dict) -> tuple[Config, dict, np.ndarray]:
         clear = clear or jax.jit(
             lambda params, tokens_BL, cfg=cfg: clearance(cfg, params, tokens_BL)
         )
-        if clear(params, tokens_BL) > 1e-4:
+        if weight_clearance(params) > 1e-6 and clear(params, tokens_BL) > 1e-4:
             return cfg, params, tokens_BL
     raise AssertionError("no seed keeps clear of the rounding boundaries")
+
+
+def weight_clearance(params) -> float:
+    """Smallest distance of a scaled weight from the middle of two ternary codes."""
+    flat = flatten_dict(params, sep="/").items()
+    matrices = [w for name, w in flat if name.startswith("block_") and w.ndim > 1]
+    return min(np.abs(np.abs(w) / np.abs(w).mean() - 0.5).min() for w in matrices)
 
 
 def clearance(cfg: Config, params, tokens_BL) -> jax.Array:

@@ -11,8 +11,19 @@ import optax
 import pytest
 import seam_faults
 
-from bitnet_jax import audit, causes, model, optim, presets, program, reference, subject, updates
-from bitnet_jax.config import UserError
+from bitnet_jax import (
+    audit,
+    causes,
+    model,
+    optim,
+    presets,
+    program,
+    reference,
+    subject,
+    train,
+    updates,
+)
+from bitnet_jax.config import Hyper, Replicate, UserError
 from bitnet_jax.data import Batch
 from bitnet_jax.loss import cross_entropy
 from bitnet_jax.train import STANDARD
@@ -38,6 +49,17 @@ def changed(s, path, value):
         lambda p, w: value(w) if optim.path_name(p) == path else w, s.params
     )
     return replace(s, params=params, state=s.state.replace(params=params))
+
+
+def test_the_peak_has_full_quantisation_and_the_peak_rate_at_every_step(tiny):
+    hyper = Hyper(warmup_steps=7.0, quant_warmup_steps=9.0)
+    built = SimpleNamespace(replicates=[Replicate("a", 0, hyper)])
+    s = subject.Subject(built, {}, 3)
+    assert s.hyper.weight_quant < 1
+    for step in (0, 3, 10, tiny.run.steps):
+        now = train.at_step(s.peak, step)
+        assert (now.weight_quant, now.act_quant) == (1, 1)
+        assert optim.learning_rate(s.peak, step + 1, tiny.run) == np.float32(hyper.lr_peak)
 
 
 # ------------------------------------------------------------------------------ weights and text
@@ -160,6 +182,9 @@ def test_decay_audit_of_decoupled_decay_is_the_product(untied):
         expected = found[f"decay_expected_{group}"]
         assert found[f"decay_factor_{group}"] == pytest.approx(expected, rel=1e-5)
         assert found[f"decay_spread_{group}"] < 1e-5 and found[f"decay_unscaled_{group}"] == 0
+    hyper = subject.arrays(s.program.replicates[0].hyper)
+    bias = updates.decay_numbers(s.program, hyper, {"output_bias": jnp.ones(3)})
+    assert bias["decay_factor_bias"] == bias["decay_expected_bias"] == 1
 
 
 def test_decay_audit_tells_unscaled_from_coupled(untied):

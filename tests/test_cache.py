@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,25 @@ def test_a_full_disk_names_the_folder_and_leaves_no_half_file(tmp_path, monkeypa
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}: No space left on device"):
         cache.write_json(tmp_path / "a.json", 1)
     assert not os.listdir(tmp_path)
+
+
+def test_compiled_programs_that_are_half_written_or_damaged_go(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: seen.append(message))
+    seen = []
+    for name in ("jit_f-0", "jit_f-1", "jit_g-2", "jit_g-3"):
+        (tmp_path / f"{name}-cache").write_bytes(b"program")
+        (tmp_path / f"{name}-atime").write_bytes(b"time")
+    (tmp_path / "jit_g-3-atime").unlink()
+    (tmp_path / "jit_f-1-atime").unlink()
+    (tmp_path / "jit_f-1-atime").mkdir()
+    cache.heal_compiled(tmp_path)
+    assert {p.name[:7] for p in tmp_path.iterdir()} == {"jit_f-0", "jit_g-2"}
+    text = "Error reading persistent compilation cache entry for 'jit_f': error: Error -3"
+    warnings.showwarning(text, UserWarning, "compiler.py", 1)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["jit_g-2-atime", "jit_g-2-cache"]
+    assert capsys.readouterr().err.count("\n") == 1 and not seen
+    warnings.showwarning("something else", UserWarning, "other.py", 1)
+    assert seen == ["something else"]
 
 
 def test_twenty_processes_build_once_and_agree(tmp_path):

@@ -102,6 +102,7 @@ def test_a_model_that_has_learned_has_no_cause_and_neither_has_a_young_one(healt
         {"decay_share_matrix": 0.02, "decay_spread_matrix": 0.4},  # coupled 1e-4
         {"decay_share_matrix": 0.39, "decay_spread_matrix": 0.4},  # coupled 1e-2, learned
         {"offset": 2, "offset_error": 0.1, "loss_error": 0.113},  # a regularised loss
+        {"offset": 2, "offset_error": 1e-3, "loss_error": 0.05},  # near by chance, all alike
         {"start_gain": 0.1},
         {"overfit_loss": 3.0},
         {"unused_vocabulary": 0.97, "repeated_text": 0.5},
@@ -110,6 +111,12 @@ def test_a_model_that_has_learned_has_no_cause_and_neither_has_a_young_one(healt
 )
 def test_what_has_no_effect_is_no_cause(healthy, harmless):
     assert causes.rank(healthy | harmless) == []
+
+
+def test_targets_that_give_the_loss_itself_need_no_margin(healthy):
+    """A model that ignores its context tells offsets apart by the ends of its windows alone."""
+    blind = {"offset": 2, "offset_error": 1e-6, "loss_error": 0.03}
+    assert causes.rank(healthy | STUCK | blind)[0].name == "shifted labels"
 
 
 def test_the_score_of_coupled_decay_grows_with_its_share_of_the_update(healthy):

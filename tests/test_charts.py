@@ -102,6 +102,13 @@ def test_charts_keep_text_and_label_stage_and_references(tmp_path):
         assert {"a &amp; b", "c", "Loss", "nats", "stage 2", "unigram"} <= words(svg)
 
 
+@pytest.mark.parametrize(("boundary", "marks"), [(9, [9]), (10, [10]), (11, [])])
+def test_the_second_stage_is_marked_from_the_step_on_that_ends_the_first(drawn, boundary, marks):
+    series = [charts.Series("a", [0, 10], [1.0, 2.0])]
+    (ax,) = charts.line_chart(series, title="Loss", ylabel="nats", boundary=boundary).axes
+    assert [text.xy[0] for text in ax.texts if text.get_text() == "stage 2"] == marks
+
+
 def test_a_variant_is_dashed_in_the_colour_of_its_label_and_named_once(drawn):
     series = [charts.Series(label, [0, 1], [1, 2], variant)
               for variant in ("", "training") for label in "ab"]  # fmt: skip

@@ -69,7 +69,7 @@ def test_fields_of_a_section_change_together():
         ("model.vocab_size=many", ["model.vocab_size", "many", "a whole number"]),
         ("hyper.lr_peak=hot", ["hyper.lr_peak", "hot", "a number"]),
         ("data.score_last=yes", ["data.score_last", "yes", "true or false"]),
-        ("model.layout=gpt", ["model.layout", "gpt", "b158 or report"]),
+        ("model.layout=gpt", ["model.layout", "gpt", "b158 or llama or report"]),
         ("model.dtype=float16", ["model.dtype", "float16", "float32 or bfloat16"]),
         ("data.order=random", ["data.order", "random", "shuffled or sequential"]),
         ("model.d_model", ["model.d_model", "section.field=value"]),

@@ -329,3 +329,12 @@ def test_a_dataset_that_needs_a_download_tries_once(toy, monkeypatch):
     assert "needs a download, and there is no network" in message
     assert [asked_url for asked_url, _ in asked] == list(url)[:1]
     assert asked[0][1] <= np.float64(10)
+
+
+@pytest.mark.parametrize(("text", "empty"), [("", True), ("\ufeff", True), ("\ufeffa", False)])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_is_empty_that_holds_no_text(tmp_path, suffix, text, empty):
+    path = tmp_path / f"a.txt{suffix}"
+    content = text.encode()
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    assert documents.is_empty(path) == empty

@@ -114,6 +114,8 @@ def test_each_split_is_cut_from_its_own_tokens():
     tokens = SimpleNamespace(
         train_N=np.arange(20),
         validation_N=np.arange(100, 120),
+        train_scored_N=None,
+        validation_scored_N=None,
         tokenizer=SimpleNamespace(end_of_text=END),
     )
     cfg = replace(CFG, score_last=False, score_end=False)

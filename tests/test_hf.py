@@ -308,10 +308,10 @@ def test_training_starts_from_a_folder_with_a_new_optimiser(imported):
 def test_a_folder_that_does_not_fit_the_run_is_refused_with_the_fields(imported, tmp_path):
     cfg, params = imported
     wider = replace(cfg, model=replace(cfg.model, d_ff=128, n_kv_heads=1))
-    with pytest.raises(UserError, match=r"another model; set model.n_kv_heads=2 model.d_ff=64$"):
+    with pytest.raises(UserError, match=r"; add --set model.n_kv_heads=2 --set model.d_ff=64$"):
         start(wider)
     other = replace(cfg, data=replace(cfg.data, tokenizer=f"hf:{PACKED}"))
-    with pytest.raises(UserError, match=rf"not its tokenizer.* set data.tokenizer=hf:{tmp_path}"):
+    with pytest.raises(UserError, match=rf"not its tokenizer.* --set data.tokenizer=hf:{tmp_path}"):
         start(other)
     *_, tok = hf.load(tmp_path / "hf")
     full = replace(Config(cfg.model), model=replace(cfg.model, vocab_size=tok.vocab_size))

@@ -115,7 +115,9 @@ HUGE = 10**30
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "llama"}, "model_type='llama': only 'bitnet'"),
+        ({"model_type": "mistral"}, "model_type='mistral': only 'bitnet' and 'llama'"),
+        ({"model_type": ["llama"]}, "model_type=['llama']"),
+        ({"model_type": "llama", "hidden_act": "silu"}, "unknown key model.layers.0.mlp.ffn_sub"),
         ({"model_type": ...}, "model_type=None"),
         ({"hidden_size": ...}, "hidden_size=None: a whole number"),
         ({"hidden_size": 26}, "num_attention_heads=4: must divide hidden_size=26"),
@@ -132,9 +134,10 @@ HUGE = 10**30
         ({"vocab_size": 2**40}, "vocab_size=1099511627776: a whole number"),
         ({"vocab_size": 263}, "the tokenizer has 264 tokens, more than vocab_size=263"),
         ({"max_position_embeddings": "long"}, "max_position_embeddings='long': a whole number"),
-        ({"hidden_act": "silu"}, "hidden_act='silu'"),
+        ({"hidden_act": "mish"}, "hidden_act='mish': known are relu2, silu, gelu,"),
         ({"hidden_act": ["relu2"]}, "hidden_act=['relu2']"),
         ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings=None"),
         ({"rms_norm_eps": 0}, "rms_norm_eps=0: a number"),

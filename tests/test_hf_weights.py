@@ -167,7 +167,17 @@ def test_a_dense_folder_of_three_valued_matrices_is_packed_too(copy, capsys):
     write_tensors(folder, floats_of(tensors))
     cfg, params, _ = hf.load(folder)
     assert cfg.model.weight_format == "packed" and same(params, hf.load(PACKED)[1])
+    assert hf.strengths(folder, cfg.model) == Hyper()
     assert "no quantization_config" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_dense_folder_is_evaluated_as_transformers_runs_it(copy, capsys):
+    folder, _ = copy(LATENTS)
+    assert restore.load_model(str(folder)).hyper == Hyper()
+    edit_json(folder / "config.json", quantization_config=...)
+    model = restore.load_model(str(folder))
+    assert model.hyper == Hyper(weight_quant=0.0, act_quant=0.0)
+    assert "a dense model" in capsys.readouterr().err
 
 
 def test_one_matrix_of_three_values_keeps_its_scale_and_the_others_are_quantised(copy):

@@ -123,6 +123,22 @@ def test_write_json_replaces_in_one_move(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
+def test_a_sealed_object_is_read_as_written_in_any_layout_and_not_once_a_value_differs(tmp_path):
+    path, tree = (
+        tmp_path / "summary.json",
+        {"step": 1, "loss": 1 / 3, "text": "\n\u00e9", "none": None},
+    )
+    log.write_sealed(path, tree)
+    assert log.read_sealed(path) == tree
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(whole.items()))))
+    assert log.read_sealed(path) == tree
+    for edit in ({"step": 2}, {"more": 0}, {"sha256": "0" * 64}, {"sha256": None}):
+        path.write_text(json.dumps(whole | edit))
+        with pytest.raises(UserError, match=r"damaged or edited"):
+            log.read_sealed(path)
+
+
 def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "summary.json"
     log.write_json(path, {"step": 1})

@@ -1,4 +1,4 @@
-"""The transformer: both layouts equal their formulas, and start where the report's model starts."""
+"""The transformer: all layouts equal their formulas, and start where the report's model starts."""
 
 import dataclasses
 import functools
@@ -12,12 +12,13 @@ from scipy.special import logsumexp
 
 from bitnet_jax import presets
 from bitnet_jax.config import Hyper, ModelConfig
-from bitnet_jax.model import Transformer, bit_linear, kernel_init, relu2_glu, rms_norm, rope
+from bitnet_jax.model import Transformer, bit_linear, glu, kernel_init, rms_norm, rope
 
-LAYOUTS = ("b158", "report")
+LAYOUTS = ("b158", "llama", "report")
 SMALL = {
     name: ModelConfig(
         layout=name,
+        activation="silu" if name == "llama" else "relu2",
         vocab_size=23,
         d_model=16,
         n_layers=2,
@@ -75,7 +76,7 @@ def numpy_forward(cfg, params, tokens_BL, hyper):
     """The model of the module's docstring in NumPy float64, one attention head at a time."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     width, half = cfg.d_model // cfg.n_heads, cfg.d_model // cfg.n_heads // 2
-    fused = cfg.layout == "report"
+    fused, sub_norms = cfg.layout == "report", cfg.layout == "b158"
 
     def norm(x, part):
         return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + cfg.norm_eps) * part["scale"]
@@ -108,15 +109,16 @@ def numpy_forward(cfg, params, tokens_BL, hyper):
             weights /= weights.sum(axis=-1, keepdims=True)
             heads.append(weights @ v[..., g * width :][..., :width])
         y = np.concatenate(heads, axis=-1)
-        return linear(y if fused else norm(y, part["sub_norm"]), part["o"])
+        return linear(norm(y, part["sub_norm"]) if sub_norms else y, part["o"])
 
     def feed_forward(x, part):
         if fused:
             gate, up = np.split(linear(x, part["gate_up"]), 2, axis=-1)
         else:
             gate, up = linear(x, part["gate"]), linear(x, part["up"])
-        h = np.maximum(gate, 0) ** 2 * up
-        return linear(h if fused else norm(h, part["sub_norm"]), part["down"])
+        relu2 = cfg.activation == "relu2"
+        h = (np.maximum(gate, 0) ** 2 if relu2 else gate / (1 + np.exp(-gate))) * up
+        return linear(norm(h, part["sub_norm"]) if sub_norms else h, part["down"])
 
     x = p["embed"]["embedding"][np.asarray(tokens_BL)]
     for i in range(cfg.n_layers):
@@ -174,6 +176,20 @@ PATHS = {
         "embed/embedding 23x16",
         "final_norm/scale 16",
     ],
+    "llama": [
+        "block_0/attn/k/kernel 16x8",
+        "block_0/attn/o/kernel 16x16",
+        "block_0/attn/q/kernel 16x16",
+        "block_0/attn/v/kernel 16x8",
+        "block_0/attn_norm/scale 16",
+        "block_0/ffn/down/kernel 24x16",
+        "block_0/ffn/gate/kernel 16x24",
+        "block_0/ffn/up/kernel 16x24",
+        "block_0/ffn_norm/scale 16",
+        "embed/embedding 23x16",
+        "final_norm/scale 16",
+        "head/kernel 16x23",
+    ],
     "report": [
         "block_0/attn/o/kernel 16x16",
         "block_0/attn/o/norm/scale 16",
@@ -228,7 +244,7 @@ def test_every_parameter_receives_a_gradient(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_initial_values_have_the_documented_distributions(layout):
-    """b158: N(0, 0.02) throughout; report: N(0, 1) and U(+-1/sqrt(fan_in)); norms 1."""
+    """N(0, 0.02) throughout; report: N(0, 1) and U(+-1/sqrt(fan_in)); norms 1."""
     params = initialiser(FRESH[layout])(jax.random.key(0))
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     for path, p in jax.tree.leaves_with_path(params):
@@ -240,7 +256,7 @@ def test_initial_values_have_the_documented_distributions(layout):
             assert 0.99 * bound < np.abs(p).max() <= bound
             assert p.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
         else:
-            std = 0.02 if layout == "b158" else 1
+            std = 1 if layout == "report" else 0.02
             assert p.std() == pytest.approx(std, rel=0.05)
             assert np.abs(p).max() > 2.5 * std  # no truncation
             assert abs(p.mean()) < 5 * std / math.sqrt(p.size)
@@ -322,7 +338,22 @@ def test_rms_norm_and_relu2_by_hand():
     np.testing.assert_allclose(scaled, np.array([3, -8]) / 12.5**0.5, rtol=1e-6)
     np.testing.assert_array_equal(rms_norm(jnp.zeros(2), jnp.ones(2), 1e-5), 0)
     gate, up = jnp.array([3.0, -3.0]), jnp.array([-2.0, 5.0])
-    np.testing.assert_array_equal(relu2_glu(gate, up), [-18, 0])
+    np.testing.assert_array_equal(glu(gate, up, "relu2"), [-18, 0])
+
+
+def test_activations_are_those_of_transformers_by_name():
+    """Values from torch 2.13's own functions, at -1.5, -0.2 and 2."""
+    x = jnp.array([-1.5, -0.2, 2.0])
+    expected = {
+        "relu2": [0, 0, 4],
+        "silu": [-0.27363878, -0.09003321, 1.76159418],
+        "gelu": [-0.10021086, -0.08414806, 1.95449972],
+        "gelu_pytorch_tanh": [-0.10042843, -0.08414857, 1.95459771],
+        "relu": [0, 0, 2],
+    }
+    assert tuple(expected) == ModelConfig.__dataclass_fields__["activation"].metadata["choices"]
+    for name, values in expected.items():
+        np.testing.assert_allclose(glu(x, jnp.ones(3), name), values, rtol=2e-6, atol=1e-7)
 
 
 def test_without_quantisation_a_bit_linear_is_a_matmul():

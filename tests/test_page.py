@@ -70,7 +70,7 @@ def make_config(names=("coupled", "published"), seeds=(0,), **changes):
 def judged(name, warnings=()):
     """The columns of a verdict; its evidence holds what HTML would take for a tag."""
     keys = ("verdict", "evidence", "next", "warnings")
-    values = (name, f"why {name}: loss < 7", LABELS[name][-1], list(warnings))
+    values = (name, f"why {name}: loss < 7", LABELS[name].next, list(warnings))
     return {f"collapse/{key}": value for key, value in zip(keys, values, strict=True)}
 
 
@@ -128,7 +128,7 @@ def large_block(step, replicate=0):
 
 def make_workdir(folder, config, rows, **changes):
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    log.write_sealed(folder / "config.json", config)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     finals = {row["replicate"]: row for row in rows if row["kind"] == "eval"}
     summary = {
@@ -151,7 +151,7 @@ def make_workdir(folder, config, rows, **changes):
         ],
         **changes,
     }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    log.write_sealed(folder / "summary.json", summary)
     return folder
 
 
@@ -238,9 +238,9 @@ def test_a_failed_replicate_says_where_and_what(tmp_path):
     config = make_config()
     rows = make_rows(config)
     workdir = make_workdir(tmp_path / "run", config, rows)
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = log.read_sealed(workdir / "summary.json")
     summary["replicates"][1]["failed"] = {"step": 123, "what": "the gradient of <head>"}
-    (workdir / "summary.json").write_text(json.dumps(summary))
+    log.write_sealed(workdir / "summary.json", summary)
     text = page.write_page(workdir).read_text()
     (card,) = re.findall(r'<section class="card outcome.*?published.*?</section>', text, re.DOTALL)
     card = card[card.rindex("<section") :]
@@ -260,7 +260,7 @@ def test_a_run_whose_replicates_all_failed_is_not_gone_on_with(tmp_path):
     config = make_config()
     workdir = make_workdir(tmp_path / "run", config, make_rows(config, until=240))
     path = workdir / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 240, "finished": True}))
+    log.write_sealed(path, log.read_sealed(path) | {"step": 240, "finished": True})
     assert "--resume" not in page.write_page(workdir).read_text()
 
 
@@ -272,7 +272,7 @@ def test_evidence_and_warnings_stand_above_the_charts_with_their_replicate(tmp_p
     fine, dead = re.findall(r'<section class="card outcome.*?</section>', text, re.DOTALL)
     assert text.index(dead) < text.index("<figure>")
     assert "coupled" in dead and "why dead: loss &lt; 7" in dead
-    assert escape(LABELS["dead"][-1]) in dead
+    assert escape(LABELS["dead"].next) in dead
     assert re.findall(r'"warning">(.*?)<', dead) == ["norm &lt;= 0.5", "drifts"]
     assert "why healthy" in fine and '"warning"' not in fine
     assert ("alarm" in dead, "alarm" in fine) == (True, False)
@@ -323,6 +323,15 @@ def test_long_runs_of_line_breaks_are_counted_instead_of_shown():
 def test_a_prompt_is_shown_once_with_what_each_replicate_made_of_it(text):
     assert text.count("def main(") == 1
     assert text.count("[30 line breaks]") == 2
+
+
+def test_charts_over_steps_mark_the_boundary(monkeypatch):
+    config = make_config() | {"run": {"steps": 7}}
+    marks = []
+    monkeypatch.setattr(page, "line_chart", lambda *_, boundary, **__: marks.append(boundary))
+    rows = [ending(step=7)]
+    page.draw_charts(config, log.Rows(rows, {0: rows[0]}, {}, {}))
+    assert marks == [3]
 
 
 # -------------------------------------------------------------------------------------- the files
@@ -391,6 +400,16 @@ def test_page_survives_missing_keys_and_gaps(tmp_path, rows):
     text = page.write_page(workdir).read_text()
     assert text.count("<svg ") == {"none": 0, "bare": 1, "gaps": len(page.CHARTS)}[rows]
     assert ("No evaluation yet." in text) == (rows == "none")
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_file_that_was_edited_is_not_shown(tmp_path, name):
+    config = make_config()
+    workdir = make_workdir(tmp_path / "run", config, make_rows(config))
+    path = workdir / name
+    path.write_text(path.read_text().replace('"step', '"stop', 1).replace("4096", "4097", 1))
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        page.write_page(workdir)
 
 
 def test_a_folder_without_a_run_is_a_user_error(tmp_path):

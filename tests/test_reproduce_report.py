@@ -122,8 +122,11 @@ def frame(seeds=3, **changed):
                       for step in ledger.MILESTONES[length]}  # fmt: skip
         if length > 1000:
             milestones[1000] |= {"unique": 50, "loss": 6.0, "logit_std": 1e-6}
+        else:
+            milestones[5]["unique"], milestones[50]["unique"], milestones[100]["unique"] = 80, 60, 8
         numbers = {column: 9 for _, column, *_ in ledger.MEASUREMENTS}
         numbers |= {"unique_max": 90, "transit": None, "late_entropy": 5.9, "start_logit_std": 0.5}
+        numbers |= {"unique_stage1": 15, "unique_stage2": 4}
         numbers |= {"milestones": {str(step): x for step, x in milestones.items()}}
         row["extra"] |= {"numbers": numbers, "unique_stage1": 20.0, "unique_stage2": 9.0,
                          "above_1.1": {"all": 1000, "predicted": 1000.5}}  # fmt: skip
@@ -151,6 +154,8 @@ def test_claims_hold_on_rows_made_to_bear_them(name):
         ("recovery", "numbers/milestones/1000/unique", 14),
         ("recovery", "numbers/milestones/1000/loss", 5.9),
         ("recovery", "numbers/milestones/1000/logit_std", 1e-3),
+        ("early", "numbers/milestones/50/unique", 100),
+        ("means", "numbers/unique_stage1", 25),
         ("lower", "numbers/loss_mean", 9.7),
         ("lower", "numbers/loss_final", 9.93),
     ],

@@ -21,6 +21,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from bitnet_jax import (
     checkpoint,
     config_file,
+    data,
+    judging,
     log,
     optim,
     presets,
@@ -123,7 +125,7 @@ def test_workdir_of_a_finished_run(cfg, finished):
     names = {p.name for p in workdir.iterdir()}
     expected = "config.json tokenizer metrics.jsonl checkpoints tb summary.json report.html"
     assert names == set(expected.split())
-    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert log.read_sealed(workdir / "summary.json") == summary
     assert (summary["step"], summary["finished"]) == (STEPS, True)
     assert [r["name"] for r in summary["replicates"]] == ["coupled", "published"]
     described = json.loads((workdir / "config.json").read_text())
@@ -133,6 +135,14 @@ def test_workdir_of_a_finished_run(cfg, finished):
     assert {"provenance", "corpus", "references", "n_params", "decay_table"} <= set(described)
     assert checkpoint.kept_steps(workdir) == [SAVE, STEPS]
     assert [len(list(board.iterdir())) for board in (workdir / "tb").iterdir()] == [1, 1]
+
+
+def test_the_beginnings_that_are_continued_are_held_out(cfg, finished):
+    _, summary = finished
+    tokens = data.load(cfg.data)
+    held_out = tokens.tokenizer.decode(tokens.validation_N)
+    for entry in summary["replicates"]:
+        assert all(shown["prompt"] in held_out for shown in entry["continuations"])
 
 
 def test_rows_are_complete_and_valid_json(finished):
@@ -158,7 +168,7 @@ def test_rows_and_summary_hold_the_verdict_of_the_history(cfg, finished):
     for i, rep in enumerate(replicates_of(cfg)):
         rates = np.asarray(optim.learning_rate(rep.hyper, np.arange(1, STEPS + 1), cfg.run))
         sum_lr = np.cumsum([0.0, *rates.astype(float)])
-        judge, train = verdict.Judge(references), {}
+        judge, train = judging.Judge(references), {}
         for row in (row for row in rows if row["replicate"] == i):
             if row["kind"] == "train":
                 train = row
@@ -265,17 +275,18 @@ def test_resuming_on_another_corpus_is_refused(cfg, finished, tmp_path):
     moved = replace(cfg, data=replace(cfg.data, corpus=f"text:{corpus}"))
     workdir = tmp_path / "run"
     workdir.mkdir()
-    described = json.loads((finished[0] / "config.json").read_text())
+    described = log.read_sealed(finished[0] / "config.json")
     described["data"]["corpus"] = moved.data.corpus
-    (workdir / "config.json").write_text(json.dumps(described))
+    log.write_sealed(workdir / "config.json", described)
     corpus.write_text(TEXT.replace("cats", "cows"))
     assert "corpus" in error_of(UserError, moved, workdir, resume=True)
 
 
 def test_vocab_mismatch_names_both_sizes(cfg, tmp_path):
-    other = replace(cfg, model=replace(cfg.model, vocab_size=299))
-    message = error_of(UserError, other, tmp_path / "run")
-    assert "model.vocab_size=299" in message and "bpe:300 has 300 tokens" in message
+    for size in (299, 301):
+        other = replace(cfg, model=replace(cfg.model, vocab_size=size))
+        message = error_of(UserError, other, tmp_path / "run")
+        assert f"model.vocab_size={size}" in message and "bpe:300 has 300 tokens" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -361,6 +372,18 @@ def test_a_fork_of_one_replicate_copies_it_to_all(cfg, finished, tmp_path):
     one = jax.tree.map(lambda x: x[1], state_at(cfg, reference, SAVE))
     for i in (0, 1):
         assert_same(jax.tree.map(lambda x, i=i: np.asarray(x[i]), state), one)
+
+
+def test_a_fork_with_a_new_optimiser_keeps_the_place_in_the_schedules(cfg, finished, tmp_path):
+    forked = with_init(cfg, f"{finished[0]}@{SAVE}")
+    forked = replace(forked, run=replace(forked.run, reset_optimizer=True))
+    program = programs.build(forked, replicates_of(forked))
+    state, _ = restore.start_state(program, tmp_path)
+    kept = state_at(cfg, finished[0], SAVE)
+    assert not any(np.any(x) for x in jax.tree.leaves(state.opt_state["adam"]))
+    assert any(np.any(x) for x in jax.tree.leaves(kept.opt_state["adam"]))
+    adam = {"adam": kept.opt_state["adam"]}
+    assert_same(jax.device_get(state.replace(opt_state=state.opt_state | adam)), kept)
 
 
 def test_a_fork_without_a_step_takes_the_last(cfg, finished, tmp_path):
@@ -550,12 +573,20 @@ def test_what_was_there_before_a_failed_start_stays(tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
+def test_a_page_that_cannot_be_written_is_named(cfg, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    assert f"{folder / 'report.html'}: " in error_of(UserError, cfg, folder, resume=True)
+
+
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"", b"\xff\xfe", b"{}", None])
 def test_a_damaged_file_of_a_workdir_is_one_line_or_made_again(
     cfg, finished, tmp_path, name, content
 ):
-    """None: a folder stands in its place. A summary without its entries is made again."""
+    """None: a folder stands in its place."""
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     (folder / "summary.json").rename(tmp_path / "summary.json")
@@ -571,6 +602,31 @@ def test_a_damaged_file_of_a_workdir_is_one_line_or_made_again(
         assert str(path) in str(error) and "\n" not in str(error)
     else:
         assert name != "config.json" and summary["finished"]
+
+
+@pytest.mark.parametrize("step", [SAVE, STEPS])
+def test_a_checkpoint_has_the_evaluations_up_to_it(finished, step):
+    rows = restore.evaluations(finished[0], step, 1)
+    assert [row["step"] for row in rows] == [0, *range(EVERY, step + 1, EVERY)]
+    assert {(row["kind"], row["replicate"]) for row in rows} == {("eval", 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config.json", '"n_params": '),
+        ("summary.json", '"loss": '),
+        ("metrics.jsonl", '"eval/loss": '),
+    ],
+)
+def test_a_value_that_was_edited_is_not_shown(cfg, finished, tmp_path, name, value):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    text = (folder / name).read_text()
+    (folder / name).write_text(text[::-1].replace(value[::-1], f"{value}1"[::-1], 1)[::-1])
+    page = (folder / "report.html").read_bytes()
+    assert str(folder / name) in error_of(UserError, cfg, folder, resume=True)
+    assert (folder / "report.html").read_bytes() == page
 
 
 # Whole processes

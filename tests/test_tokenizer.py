@@ -274,6 +274,13 @@ def test_bytes_follow_the_special_flag(tmp_path):
     assert ours.token_bytes_V[ours.encode_batch([text])[0]].sum() == len(text.encode())
 
 
+@pytest.mark.parametrize("template", ["ö $A", "$A ö"])
+def test_what_a_template_puts_around_a_text_stands_for_no_bytes(tmp_path, template):
+    backend = llama3_like(template)
+    ours = load(write_folder(tmp_path / "hf", backend))
+    assert ours.token_bytes_V[backend.token_to_id("ö")] == 0
+
+
 @pytest.mark.parametrize(
     ("template", "settings", "begin", "close"),
     [

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.special import entr
 
-from bitnet_jax import collapse, metrics, reference, verdict
-from bitnet_jax.verdict import ALARM, CAUTION, FINE, LABELS, Judge, collapsed, learned, severe
+from bitnet_jax import collapse, judging, metrics, reference, verdict
+from bitnet_jax.verdict import ALARM, CAUTION, FINE, LABELS, collapsed, learned, severe
 
 stats = jax.jit(collapse.stats)
 
@@ -36,7 +36,7 @@ def steady(*args, times=5, **kwargs):
 
 
 def judge(history):
-    return verdict.verdict(history, REFERENCES)
+    return judging.verdict(history, REFERENCES)
 
 
 def severity(result):
@@ -91,7 +91,7 @@ def test_evidence_holds_the_numbers_that_decided():
 
 
 def test_what_is_missing_is_named():
-    result = verdict.verdict(steady(6.5, 6.5), {"unigram": {"loss": 6.9}})
+    result = judging.verdict(steady(6.5, 6.5), {"unigram": {"loss": 6.9}})
     assert result.name == "insufficient_data" and "uniform" in result.evidence
     rows = [{"step": 1, "sum_lr": 0.1, metrics.LOSS: 6.5, metrics.ENTROPY: None}]
     result = judge(rows)
@@ -146,7 +146,7 @@ def test_an_alarm_does_not_vanish_as_the_logits_fade(norm):
     references = {"uniform": {"loss": math.log(1000)}, "unigram": {"loss": curve["loss"][0]}}
     for loss, entropy, s in zip(curve["loss"], curve["entropy"], scales, strict=True):
         history = steady(loss, entropy, std=s, **head(norm * s))
-        assert severity(verdict.verdict(history, references)) == ALARM
+        assert severity(judging.verdict(history, references)) == ALARM
 
 
 def measured(logits_BLV, targets_BL, unigram_V):
@@ -177,7 +177,7 @@ def test_the_verdict_sees_neither_shift_nor_names_nor_number_of_tokens(scale):
         (logits_BLV[..., order], inverse[targets_BL], unigram_V[order]),
         (np.tile(logits_BLV, (1, 2, 1)), np.tile(targets_BL, (1, 2)), unigram_V),
     ]
-    results = [verdict.verdict(measured(*case), references) for case in cases]
+    results = [judging.verdict(measured(*case), references) for case in cases]
     assert [v.name for v in results] == [results[0].name] * 4
     assert severity(results[0]) == ALARM
 
@@ -252,7 +252,7 @@ DECOUPLED_TIED = series(
 
 
 def timeline(history, references):
-    return [verdict.verdict(history[:n], references) for n in range(1, len(history) + 1)]
+    return [judging.verdict(history[:n], references) for n in range(1, len(history) + 1)]
 
 
 @pytest.mark.parametrize(
@@ -348,11 +348,11 @@ def test_learned_is_below_by_more_than_noise_and_with_context(expected, loss, mi
 def test_only_a_large_block_says_learned_in_a_run_that_has_them():
     references = REFERENCES | {verdict.LARGE_BLOCK: {}}
     history = steady(6.0, 6.0, mi=0.9)
-    assert verdict.verdict(history, references).name == "below_unigram"
-    assert verdict.verdict(history, REFERENCES).name == "healthy"
+    assert judging.verdict(history, references).name == "below_unigram"
+    assert judging.verdict(history, REFERENCES).name == "healthy"
     last = history[-1]
     for large, name in ((block(-0.5, 0.01), "healthy"), (block(-0.01, 0.01), "slow")):
-        assert verdict.verdict([*history, last | large], references).name == name
+        assert judging.verdict([*history, last | large], references).name == name
 
 
 def test_ended_is_learned_at_the_last_step():
@@ -390,17 +390,17 @@ def test_a_regression_is_a_collapse_only_where_nothing_is_left(level, expected):
 def test_a_judge_that_was_put_away_goes_on_as_before():
     histories = (COUPLED_UNTIED, UNTIED), (DECOUPLED_TIED, TIED)
     for history, references in histories:
-        judge_a = Judge(references)
+        judge_a = judging.Judge(references)
         for evaluation in history[:4]:
             judge_a.update(evaluation)
         judge_b = pickle.loads(pickle.dumps(judge_a))
         for n in range(5, len(history) + 1):
-            expected = verdict.verdict(history[:n], references)
+            expected = judging.verdict(history[:n], references)
             assert judge_b.update(history[n - 1]) == expected
 
 
 def test_what_a_judge_remembers_does_not_grow():
-    sizes, judge_a = [], Judge(REFERENCES)
+    sizes, judge_a = [], judging.Judge(REFERENCES)
     for step in range(2000):
         judge_a.update(row(6.5, 6.5, step=step, mi=0.3))
         sizes.append(len(pickle.dumps(judge_a)))

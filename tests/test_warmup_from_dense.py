@@ -130,8 +130,24 @@ def test_a_dense_run_without_its_checkpoint_is_named(tmp_path):
         study.export(request(tmp_path), make()[0])
 
 
+def test_a_dense_model_from_elsewhere_starts_all_seeds_of_one_study(trained, tmp_path):
+    """None is trained; the arm from scratch is told that it starts from none."""
+    asked = request(tmp_path, assigned=("run.init",))
+    cfg = replace(asked.cfg, run=replace(asked.cfg.run, init="hf:some/folder"))
+    study.check(cfg)
+    made = study.train(replace(asked, cfg=cfg), list(study.ARMS), None)
+    names = [study.SCRATCH, study.ABRUPT, *study.WARMUPS, study.CEILING]
+    assert trained == [([3, 5], names, {None, "hf:some/folder"}, False)] and len(made) == 10
+    shown = Exhibits(rows.frame(made))
+    study.show(rows.frame(made), shown)
+    assert shown.tables
+    with pytest.raises(UserError, match=r"run\.init=fork:runs/mine"):
+        study.check(replace(cfg, run=replace(cfg.run, init="fork:runs/mine")))
+
+
 def test_a_layout_that_no_folder_holds_is_refused_before_training():
     cfg = presets.preset("tiny")
     study.check(cfg)
+    study.check(replace(cfg, model=replace(cfg.model, layout="llama")))
     with pytest.raises(UserError, match=r"model\.layout=report"):
         study.check(replace(cfg, model=replace(cfg.model, layout="report")))

@@ -1,12 +1,18 @@
-"""Write a model for Hugging Face's transformers, or check a folder of theirs.
+"""Write a model for transformers or llama.cpp, or check a folder of transformers.
 
 `hf` writes a model as a folder that `AutoModelForCausalLM.from_pretrained` loads as
-BitNetForCausalLM, with its tokenizer: the master weights, which transformers quantises as it runs
-and can train, or with --packed the ternary codes, 2 bits each. `check` reads such a folder, or a
-published one, says what it holds and evaluates it on held-out text. The loss is the one of the run
-when text and windows are; both default to the folder's length and 2 batches of 8.
+BitNetForCausalLM (layout b158) or LlamaForCausalLM (layout llama), with its tokenizer: the master
+weights, which transformers quantises as it runs and can train, or with --packed the ternary codes,
+2 bits each. `check` reads such a folder, or a published one, says what it holds and evaluates it on
+held-out text. The loss is the one of the run when text and windows are; both default to the
+folder's length and 2 batches of 8.
+
+`gguf` writes a file for llama.cpp and what is built on it: layout b158 (tied) or llama, with
+model.activation=silu. llama.cpp never quantises activations to int8 per token, so its texts part
+from those of `generate` where two tokens are about equally likely.
 
     bitnet convert hf runs/train-1a2b3c4d@500:1 my-bitnet
+    bitnet convert gguf runs/train-1a2b3c4d@500:1 my-bitnet.gguf --type f16
     bitnet convert check my-bitnet --text 'mine/*.txt'
     bitnet train --set run.init=hf:my-bitnet      # train on, with a new optimiser
 """
@@ -22,7 +28,7 @@ def main(argv: list[str]) -> int | None:
     parser = flags.Parser("bitnet convert", __doc__)
     kinds = parser.add_subparsers(
         required=True,
-        metavar="hf | check",
+        metavar="hf | gguf | check",
         parser_class=lambda prog, **_: flags.Parser(prog, __doc__),
     )
     add = kinds.add_parser("hf", help="write a model as a Hugging Face folder")
@@ -30,6 +36,23 @@ def main(argv: list[str]) -> int | None:
     add.add_argument("folder", type=Path, metavar="FOLDER", help="must not exist, or be empty")
     add.add_argument("--packed", action="store_true", help="ternary codes instead of latents")
     add.set_defaults(command=export)
+    add = kinds.add_parser("gguf", help="write a model as a file for llama.cpp")
+    flags.add_source(add)
+    add.add_argument("file", type=Path, metavar="FILE", help="must not exist")
+    add.add_argument(
+        "--type",
+        default="tq2_0",
+        metavar="TYPE",
+        help="of the linear layers: tq2_0 (2.06 bits), tq1_0 (1.69 bits; both need widths that are "
+        "multiples of 256), f16 or f32 (default: %(default)s)",
+    )
+    add.add_argument(
+        "--fork",
+        metavar="NAME",
+        help="write relu2, which llama.cpp would compute wrong, for a program that has it: "
+        "ik_llama.cpp",
+    )
+    add.set_defaults(command=export_gguf)
     add = kinds.add_parser("check", help="say what a folder holds and evaluate it")
     add.add_argument("folder", type=Path, metavar="FOLDER")
     add.add_argument("--text", metavar="GLOB", help="text to evaluate on (default: stdlib)")
@@ -67,6 +90,24 @@ def export(args: Namespace) -> None:
     print(f"{model.label}: {kind} in {args.folder}, {size / 1e6:.1f} MB")
 
 
+def export_gguf(args: Namespace) -> None:
+    """Write a model as a file of GGUF."""
+    from bitnet_jax import gguf, restore
+
+    flags.prepare()
+    model = restore.load_model(args.source)
+    gguf.export(
+        args.file,
+        model.cfg,
+        model.params,
+        model.hyper,
+        model.tokenizer,
+        kind=args.type,
+        fork=args.fork,
+    )
+    print(f"{model.label}: {args.type} in {args.file}, {args.file.stat().st_size / 1e6:.1f} MB")
+
+
 def run_card(workdir: Path, step: int, index: int | None):
     """What a model card tells of replicate `index` of a run: an hf.Card.
 
@@ -97,6 +138,7 @@ def run_card(workdir: Path, step: int, index: int | None):
         steps=cfg.run.steps,
         tokens=step * cfg.data.batch_size * cfg.data.seq_len,
         text=f"{corpus['source']}, sha256 {corpus['sha256']}" if corpus else None,
+        verdict=row.get("collapse/verdict"),
         commit=described.get("provenance", {}).get("git_commit"),
         **losses,
     )
@@ -107,7 +149,7 @@ def check(args: Namespace) -> int:
     import numpy as np
 
     from bitnet_jax import hf, presets
-    from bitnet_jax.config import Hyper, UserError
+    from bitnet_jax.config import UserError
 
     flags.prepare()
     cfg, params, tokenizer = hf.load(args.folder)
@@ -119,13 +161,14 @@ def check(args: Namespace) -> int:
             raise UserError(
                 f"--set {assignment}: only data.* and hyper.* can be set; the folder decides"
             )
-    cfg, hyper = presets.override(cfg, [*text, *args.assignments])
+    cfg, changed = presets.override(cfg, [*text, *args.assignments])
+    hyper = hf.strengths(args.folder, cfg.model).replace(**changed)
     shapes = hf.shapes(replace(cfg.model, weight_format="ternary"))
     print(f"{args.folder}: {sum(int(np.prod(s)) for s in shapes.values()):,} parameters")
     for field in fields(cfg.model):
         print(f"    model.{field.name}={getattr(cfg.model, field.name)}")
     print(f"    {tokenizer.vocab_size:,} tokens, trained on windows of {cfg.data.seq_len}")
-    measured = evaluate(cfg, params, Hyper(**hyper), tokenizer)
+    measured = evaluate(cfg, params, hyper, tokenizer)
     loss = measured["eval/loss"]
     print(
         f"{cfg.data.corpus}, held out, {measured['positions']:,} tokens in windows of "
@@ -148,7 +191,7 @@ def evaluate(cfg, params, hyper, tokenizer) -> dict[str, float]:
 
     tokens, n_vocab = data.load(cfg.data), cfg.model.vocab_size
     held_out = data.small_block(cfg.data, data.held_out_windows(cfg.data, tokens))
-    unigram_V = reference.unigram_probs(tokens.train_N, n_vocab)
+    unigram_V = reference.unigram_probs(tokens.train_N, n_vocab, scored_N=tokens.train_scored_N)
     bytes_V = np.pad(tokenizer.token_bytes_V, (0, n_vocab - tokenizer.vocab_size))
     evals = train.EvalData(
         small=held_out,

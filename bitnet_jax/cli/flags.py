@@ -112,6 +112,8 @@ def prepare() -> None:
     import absl.logging
     import jax
 
+    from bitnet_jax import cache
+
     # Orbax warns about files that it does not need, and downloads about each of their retries; what
     # fails in the end raises.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -121,8 +123,9 @@ def prepare() -> None:
     if DETERMINISTIC not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(os.environ.get("BITNET_JAX_CACHE") or "~/.cache/bitnet_jax").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        compiled = cache.folder() / "xla"
+        cache.heal_compiled(compiled)
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
         jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
     _raise_on_signals()
@@ -236,10 +239,11 @@ def _add_base(parser, preset: str) -> None:
     )
 
 
-def add_source(parser: Parser) -> None:
+def add_source(parser: Parser, optional: bool = False) -> None:
     """Add the model that a command is about."""
     parser.add_argument(
         "source",
+        nargs="?" if optional else None,
         metavar="SOURCE",
         help="WORKDIR[@STEP[:REPLICATE]] (default: last step, replicate 0), or a folder of "
         "Hugging Face's transformers",

@@ -1,9 +1,9 @@
 """Continue prompts by a model of a workdir or of a Hugging Face folder.
 
 Greedily, or sampled from a seed. A prompt is given by --prompt, is a whole file, or comes from
-standard input. One prompt appears as it is decoded; several are decoded side by side and printed at
-the end. Standard output has the text alone. --packed keeps ternary weights in 2 bits: the same
-model in less memory.
+standard input (also as --prompt -). One prompt appears as it is decoded; several are decoded side
+by side and printed at the end. Standard output has the text alone. --packed keeps ternary weights
+in 2 bits: the same model in less memory.
 
     bitnet generate runs/train-1a2b3c4d --prompt "def main("
     bitnet generate runs/train-1a2b3c4d@500:1 --prompt "The" --temperature 0.8
@@ -20,6 +20,7 @@ from pathlib import Path
 from bitnet_jax.cli import flags
 
 CHUNK = 16  # tokens between prints
+STDIN = "-"  # as a prompt
 MOST = 8192  # tokens of a prompt and its continuation
 
 
@@ -80,18 +81,18 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def read_prompts(args: Namespace) -> list[str]:
-    """Of --prompt, then of --file, else standard input; what is not UTF-8 becomes U+FFFD."""
+    """Of --prompt, then of --file, then or else standard input; not UTF-8 becomes U+FFFD."""
     from bitnet_jax.config import UserError
 
-    given = [os.fsencode(prompt) for prompt in args.prompts]
+    given = [os.fsencode(prompt) for prompt in args.prompts if prompt != STDIN]
     try:
         given += [path.read_bytes() for path in args.files]
     except OSError as error:
         raise UserError(f"--file {error.filename}: {error.strerror}") from error
-    if not given:
-        if sys.stdin.isatty():
+    if not given or STDIN in args.prompts:
+        if sys.stdin.isatty() and not args.prompts:
             raise UserError("no prompt: give --prompt TEXT, --file FILE, or text on standard input")
-        given = [sys.stdin.buffer.read()]
+        given.append(sys.stdin.buffer.read())
     return [prompt.decode("utf-8", "replace") for prompt in given]
 
 

@@ -1,26 +1,94 @@
-"""What is wrong with a model? Tests of its weights, text and optimiser, and the causes they name.
+"""What is wrong with a model, or with a run that another trainer logged?
 
-A model of a run is tested with its optimiser and its start, a folder of transformers on a text.
-Then come the causes that the numbers support, the most likely first, with their evidence, and what
-to do about the first. The exit status is 1 when there is one.
+Of a SOURCE: tests of its weights, text and optimiser, then the causes that the numbers support, the
+most likely first, with their evidence, and what to do about the first. A model of a run is tested
+with its optimiser and its start, a folder of transformers on a text.
+
+Of a log (--log): the verdict on its losses and whatever else it holds, beside what predictions
+without context would lose on the same text, and a page with the curves. Logs are trainer_state.json
+of transformers, JSONL, CSV (also exported from W&B), and event files of TensorBoard.
+
+The exit status is 1 when a cause, or an alarm, is found.
 
     bitnet triage runs/train-1a2b3c4d
     bitnet triage runs/train-1a2b3c4d@500:1
     bitnet triage my-bitnet --text 'mine/*.txt'
+    bitnet triage --log out/checkpoint-500 --text 'mine/*.txt' --tokenizer hf:out
+    bitnet triage --log wandb.csv --vocab-size 50257 --unigram-loss 7.1
+    bitnet triage --log metrics.csv --map loss=ce --map step=it --counts counts.npy
 """
+
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
 
 from bitnet_jax.cli import flags
 
+OF_A_LOG = ("map", "counts", "vocab_size", "unigram_loss", "tokenizer", "page")
+OF_A_LOG += ("optimizer", "weight_decay")
+
 
 def main(argv: list[str]) -> int:
+    args = parse(argv)
+    alarm = of_log(args) if args.log else of_source(args)
+    return 1 if alarm and not args.exit_zero else 0
+
+
+def parse(argv: list[str]) -> Namespace:
+    """The command line; exits with one line for flags that do not go together."""
     parser = flags.Parser("bitnet triage", __doc__)
-    flags.add_source(parser)
+    flags.add_source(parser, optional=True)
     flags.add_text(parser)
     parser.add_argument(
         "--exit-zero", action="store_true", help="exit 0 when a cause is found, too"
     )
+    add = parser.add_argument_group("the log of another trainer").add_argument
+    add("--log", type=Path, metavar="FILE", help="a log, or the folder that holds it")
+    add("--map", action="append", metavar="NAME=COLUMN", help="which column is the NAME: step, "
+        "loss, eval_loss, lr, grad_norm, entropy, mutual_information, logit_std, unigram_kl, "
+        "head_norm; may be repeated")  # fmt: skip
+    add("--tokenizer", metavar="NAME", help="of --text: hf:FOLDER, gpt2 or gpt2:FOLDER")
+    add("--counts", type=Path, metavar="FILE", help="counts of the vocabulary's tokens in the "
+        "training text, instead of --text: .npy, JSON, or one a line")  # fmt: skip
+    add("--vocab-size", type=_above(1, int), metavar="N", help="tokens of the vocabulary")
+    add("--unigram-loss", type=_above(0, float), metavar="NATS", help="entropy of the training "
+        "text's word frequencies, nats per token, instead of both")  # fmt: skip
+    add("--optimizer", metavar="NAME", help="where the log does not say it, or says it wrongly")
+    add("--weight-decay", type=float, metavar="X", help="likewise")
+    add("--page", type=Path, metavar="FILE", help="where the page is written (default: beside it)")
     args = parser.parse_args(argv)
+    if bool(args.source) == bool(args.log):
+        parser.error("give a SOURCE or --log FILE, one of them")
+    for name in () if args.log else OF_A_LOG:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is for --log FILE")
+    if args.log:
+        _check_references(parser, args)
+    return args
 
+
+def _above(low, kind):
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = low
+        if not low < value < float("inf"):
+            raise ArgumentTypeError(f"{text!r}: needs a number above {low}")
+        return value
+
+    return convert
+
+
+def _check_references(parser: flags.Parser, args: Namespace) -> None:
+    by_number = args.vocab_size is not None or args.unigram_loss is not None
+    if (args.text is not None) + (args.counts is not None) + by_number > 1:
+        parser.error("give one of --text, --counts, and --vocab-size with --unigram-loss")
+    if (args.text is None) != (args.tokenizer is None):
+        parser.error("--text and --tokenizer go together: the run's own tokenizer counts the text")
+
+
+def of_source(args: Namespace) -> bool:
+    """Test a model and print what was found; whether a cause was."""
     from bitnet_jax import audit, causes
     from bitnet_jax.terminal import printable
 
@@ -30,4 +98,32 @@ def main(argv: list[str]) -> int:
     print("\n".join(audit.lines(found["measured"], found["left_out"])))
     findings = causes.rank(found["measured"])
     print("\n" + printable("\n".join(causes.render(found["measured"], findings))))
-    return 1 if findings and not args.exit_zero else 0
+    return bool(findings)
+
+
+def of_log(args: Namespace) -> bool:
+    """Judge a log, print the verdict and write the page; whether the verdict is an alarm."""
+    from bitnet_jax import diagnosis, history, history_page
+    from bitnet_jax.terminal import printable
+
+    given = {"optim": args.optimizer, "weight_decay": args.weight_decay}
+    given = {key: value for key, value in given.items() if value is not None}
+    run = history.read(args.log, args.map or (), given)
+    flags.prepare()
+    if args.text:
+        references = diagnosis.of_text(args.text, args.tokenizer)
+    elif args.counts:
+        references = diagnosis.of_counts(args.counts)
+    else:
+        references = diagnosis.of_numbers(args.vocab_size, args.unigram_loss)
+    result = diagnosis.diagnose(run, references)
+    path = args.page or place(args.log)
+    history_page.write_page(path, run, result, references)
+    print(printable("\n".join(diagnosis.lines(run, result, references))))
+    print(printable(f"page: {path}"))
+    return result.alarm
+
+
+def place(log: Path) -> Path:
+    """`triage.html` in a folder, NAME.html beside a file."""
+    return log / "triage.html" if log.is_dir() else log.with_name(f"{log.name}.html")

@@ -54,6 +54,7 @@ STAR_SIZE = (
 )
 NARROW = ("model.d_model=64", "model.n_layers=2", "model.d_ff=128", "data.tokenizer=bpe:2048")
 STDLIB_TEXT, BOOKS_TEXT = "897b773f", "19da4209"  # of Python 3.11.7; sha256 of the files
+STRIPPED_BOOKS_TEXT = "079f1ebe"  # of the same files, read as the report's code reads text
 KJV_TEXT, LATER_STDLIB_TEXT = "c80364f4", "b7fe7151"  # bible-kjv 4.38; Python 3.11.7, read as now
 FEW_BOOKS_TEXT = "b987b958"  # of the books' validation file
 
@@ -76,6 +77,8 @@ class Study:
 
 
 FULL = Study("full-size books", "report", (*BOOK_FILES, "data.tokenizer=gpt2:gpt2"), BOOKS_TEXT)
+BOOKS_GPT2 = (*BOOK_FILES[:2], "data.tokenizer=gpt2:gpt2")
+LETTER = Study("to the letter", "report", BOOKS_GPT2, STRIPPED_BOOKS_TEXT)
 BOOKS = Study("narrow books", "report", (*BOOK_FILES, *NARROW, "model.vocab_size=2048"), BOOKS_TEXT)
 QUICK = Study("quick", "quick", (*SMALL, "model.vocab_size=2048", ENDS_MASKED), STDLIB_TEXT)
 QUICK_TRACKED = Study(
@@ -86,7 +89,10 @@ KJV = Study("King James", "quick", HELD_OUT, KJV_TEXT)
 KJV_STDLIB = Study("beside King James", "quick", HELD_OUT, LATER_STDLIB_TEXT)
 STAR_BOOKS = Study("star, books", "quick", STAR_SIZE, FEW_BOOKS_TEXT)
 STAR_PYTHON = Study("star, Python", "quick", STAR_SIZE, LATER_STDLIB_TEXT)
-STUDIES = (FULL, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158, KJV, KJV_STDLIB, STAR_BOOKS, STAR_PYTHON)
+STUDIES = (
+    *(FULL, LETTER, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158),
+    *(KJV, KJV_STDLIB, STAR_BOOKS, STAR_PYTHON),
+)
 
 
 def named(identity: dict) -> Study | None:

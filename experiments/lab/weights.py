@@ -11,7 +11,7 @@ from bitnet_jax.config import Config, Hyper
 from experiments.lab.finished import Finished
 from experiments.lab.measures import THRESHOLD
 
-INIT_STD = {"report": 1.0, "b158": 0.02}  # of the embedding, by layout
+INIT_STD = {"report": 1.0, "b158": 0.02, "llama": 0.02}  # of the embedding, by layout
 BIN, BINS = 0.25, 10  # of |w| / mean|w|, the last one open; a ternary code changes at 0.5
 
 

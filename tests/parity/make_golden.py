@@ -21,6 +21,7 @@ FOLDERS = {  # shape, packed
     "mha_tied": ("mha, tied", False),
     "gqa_untied": ("gqa, untied", False),
     "one_kv_head_packed": ("one kv head, tied, theta 1e4", True),
+    "llama_gqa_untied": ("llama, gqa, untied", False),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 import torch
 import torch_side
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear, BitLinear, WeightQuant
 
 from bitnet_jax import hf, quant
@@ -65,6 +65,27 @@ def test_a_dense_model_is_dense_there(simple, tokenizer, tmp_path):
     ours_BLV = hf_models.logits(cfg, params, tokens_BL, DENSE)
     np.testing.assert_allclose(ours_BLV, theirs["logits"], rtol=1e-5, atol=1e-4)
     assert np.abs(hf_models.logits(cfg, params, tokens_BL) - theirs["logits"]).max() > 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_dense_llama_that_transformers_wrote_is_the_same_model_here(tokenizer, tmp_path, tied):
+    """From its own initialisation and its own defaults; without quantisation on either side."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 40, "vocab_size": hf_models.V + 6}
+    config = LlamaConfig(**sizes, tie_word_embeddings=tied, initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    cfg, params, _ = hf.load(tmp_path)
+    assert (cfg.model.layout, cfg.model.activation) == ("llama", "silu")
+    assert (cfg.model.rope_theta, cfg.model.norm_eps) == (10_000.0, 1e-6)
+    tokens_BL = np.random.default_rng(0).integers(1, hf_models.V, (2, 12)).astype(np.int32)
+    theirs = torch_side.expected(tmp_path, tokens_BL)
+    hyper = hf.strengths(tmp_path, cfg.model)
+    ours_BLV = hf_models.logits(cfg, params, tokens_BL, hyper)
+    assert ours_BLV.std() > 0.5
+    np.testing.assert_allclose(ours_BLV, theirs["logits"], rtol=1e-5, atol=1e-4)
+    assert (hf_models.greedy(cfg, params, tokens_BL, hyper) == theirs["greedy"]).all()
 
 
 def test_master_weights_train_there_with_our_gradients(simple, tokenizer, tmp_path):
