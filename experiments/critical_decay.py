@@ -187,7 +187,8 @@ CLAIMS = (
 
 def show(df, exhibits) -> None:
     for title, among in (("Star", STAR), ("Prospective test", PROSPECTS)):
-        exhibits.grid(title, *edges.table(points(df, among)))
+        if found := points(df, among):
+            exhibits.grid(title, *edges.table(found))
 
 
 if __name__ == "__main__":
