@@ -99,7 +99,7 @@ BETAS = ("adam_beta1", "adam_beta2")
 
 
 def predict_command(settings: dict) -> str | None:
-    """The `bitnet predict` of an optimiser whose decay goes through Adam; capitals: not in a log."""
+    """The `bitnet predict` where decay goes through Adam; capitals are for what a log lacks."""
     if not couples(settings):
         return None
     flags = ["--optimizer adam"]
