@@ -33,10 +33,9 @@ from experiments.lab.experiment import experiment
 from experiments.lab.faulty import published_rates as rates
 from experiments.lab.planted import FAULTS, PLANTED, planted_arm
 from experiments.lab.stats import SEEDS, NotEnough, each, prediction_interval
-from experiments.lab.studies import KJV
+from experiments.lab.studies import KJV, KJV_STDLIB
 
-HEALTHY = "healthy"
-SLOW = "rate a third"
+HEALTHY, SLOW = "healthy", "rate a third"
 RATES = {"a third": 1 / 3, "as published": 1.0, "3 times": 3.0}
 # Width, vocabulary, corpus.
 OTHER_SIZES = (48, 2048, None), (64, 512, "stdlib"), (128, 1024, "stdlib")
@@ -155,6 +154,12 @@ CLAIMS = (
         "8 of 24 healthy runs raise an alarm, each at a third of the published learning rate",
         lambda df: are_slow(df, 8, of=24),
         KJV,
+    ),
+    Claim(
+        "beside",
+        "3 of 18 healthy runs on Python's library do, each at a third of the published rate",
+        lambda df: are_slow(df, 3, of=18),
+        KJV_STDLIB,
     ),
 )
 
