@@ -15,6 +15,7 @@ import numpy as np
 
 from bitnet_jax import data, metrics, reference
 from bitnet_jax.config import DataConfig, UserError
+from bitnet_jax.forecast import SCHEDULES
 from bitnet_jax.history import ROLES, Column, History
 from bitnet_jax.judging import Judge
 from bitnet_jax.verdict import ALARM, LABELS, LARGE_BLOCK, LATE_STEPS, PREDICTORS, Verdict
@@ -83,6 +84,34 @@ def couples(settings: dict) -> bool:
     name = str(settings.get("optim", "")).lower().rpartition(".")[2]
     decay = settings.get("weight_decay", 0.0)
     return name in COUPLED and isinstance(decay, int | float) and decay > 0
+
+
+PREDICT = {  # flags of `bitnet predict`, by transformers' names of the settings
+    "weight_decay": "--weight-decay",
+    "learning_rate": "--lr",
+    "lr_scheduler_type": "--schedule",
+    "warmup_steps": "--warmup",
+    "max_steps": "--steps",
+    "adam_epsilon": "--eps",
+    "max_grad_norm": "--clip",
+}
+BETAS = ("adam_beta1", "adam_beta2")
+
+
+def predict_command(settings: dict) -> str | None:
+    """The `bitnet predict` where decay goes through Adam; capitals are for what a log lacks."""
+    if not couples(settings):
+        return None
+    flags = ["--optimizer adam"]
+    for name, flag in PREDICT.items():
+        value = settings.get(name)
+        if name == "lr_scheduler_type" and value not in SCHEDULES:
+            continue
+        if value is not None or name in ("learning_rate", "max_steps"):
+            flags.append(f"{flag} {flag[2:].upper() if value is None else value}")
+    if all(name in settings for name in BETAS):
+        flags.append("--betas " + ",".join(str(settings[name]) for name in BETAS))
+    return " ".join(["bitnet predict", *flags, "--width D --tokens-per-batch N --counts FILE"])
 
 
 def _without(missing: list[str]) -> Verdict:
@@ -170,6 +199,8 @@ def lines(history: History, diagnosis: Diagnosis, references: dict) -> list[str]
     shown += ["", f"{verdict.name}{since}: {LABELS[verdict.name].headline}", verdict.evidence]
     shown += [f"warning: {text}" for text in verdict.warnings]
     shown.append(f"next: {verdict.next}")
+    if command := predict_command(history.settings):
+        shown.append(f"what its decay was bound to do: {command}")
     if diagnosis.unknown:
         shown += ["", "not in the log, and what it would tell:"]
         shown += [_hanging(role, text, 20) for role, text in diagnosis.unknown.items()]

@@ -27,7 +27,9 @@ where that is less than what the decay costs the word frequencies.
 
 **Mean field.** `mean_field` follows rows, gamma and the clip factor through a schedule on token
 counts alone. Its assumptions: one normalised state for all positions (no context); a row's entries
-start on the quantiles of the initialisation; tokens are drawn independently.
+start on the quantiles of the initialisation; tokens are drawn independently. What it holds was
+chosen while looking at two points of experiments/critical_decay.py (centre, V 512); no number in it
+is fitted.
 """
 
 import itertools

@@ -18,11 +18,9 @@ IDENTITY, MECHANISM, SYMPTOM = range(3)
 NEEDED_RATE = 0.02  # sum of learning rates that a healthy run needs to learn word frequencies
 ROUNDING = 1e-3  # relative error of a factor or of a loss that rounding does not explain
 LABEL_MARGIN = 0.1  # nats between the offset that is nearest to the loss and the sound one
-# Nats within which an offset gives the loss itself. It needs no margin: in a model that ignores its
-# context all offsets cost nearly the same.
-SAME_LOSS = 1e-4
-# Share of the update of ternary matrices that is decay. Width 64, 400 steps: coupled 0.1 and 0.03
-# 0.5 (context lost), 0.01 0.39, 0.001 0.26, 0.0001 0.05 (learned); decoupled 0.1 0.03.
+SAME_LOSS = 1e-4  # nats within which an offset gives the loss itself and needs hardly a margin
+# Share of ternary matrices' update that is decay. Width 64, 400 steps: coupled 0.1 0.5 (context
+# lost), 0.01 0.39, 0.001 0.26, 0.0001 0.05 (learned); decoupled 0.1 0.03.
 DECAY_SHARE, DECAY_FULL = 0.1, 0.45
 UNUSED_MASS = 0.1  # probability on tokens that the text does not have
 EARLIER_TOKENS = 0.02  # nats that the tokens before the last one are worth, in a model that reads
@@ -63,10 +61,8 @@ def output_group(m: dict) -> str:
 
 
 def decay_effect(m: dict) -> float:
-    """0, or how much of the update of the ternary matrices is decay, 1 from DECAY_FULL on.
-
-    Rows of embedding and head whose tokens are rare get little but decay, harmlessly: not counted.
-    """
+    """0, or how much of the update of the ternary matrices is decay, 1 from DECAY_FULL on: rows of
+    embedding and head whose tokens are rare get little but decay, harmlessly, and do not count."""
     share = m["decay_share_matrix"]
     return share / DECAY_FULL if share > DECAY_SHARE else 0.0
 
@@ -91,11 +87,10 @@ def decay_evidence(m: dict) -> str:
 
 
 def shifted(m: dict) -> bool:
-    """Another offset gives the training loss in every batch, and the sound one does not: to the
-    digit, or near it by a clear margin."""
-    margin = m["loss_error"] - m["offset_error"]
-    needed = 100 * SAME_LOSS if m["offset_error"] < SAME_LOSS else LABEL_MARGIN
-    return m["offset"] != 1 and margin > needed and m["offset_error"] < 0.1 * margin
+    """Another offset gives the loss in every batch, to the digit or by a margin; 1 does not."""
+    offset_error, margin = m["offset_error"], m["loss_error"] - m["offset_error"]
+    needed = 100 * SAME_LOSS if offset_error < SAME_LOSS else LABEL_MARGIN
+    return m["offset"] != 1 and margin > needed and offset_error < 0.1 * margin
 
 
 def output_still(m: dict) -> bool:

@@ -3,8 +3,7 @@
 Twelve faults, one run each: numbers that a recipe can get wrong, wrong code in a seam of the step,
 and functions of the package that are replaced while a run is built, trained and examined. A fault
 does harm when its held-out loss lies above the 95 % prediction interval of the healthy seeds; of
-others nothing is asked. In-sample: the tests of triage were written for these faults, and the
-committed rows are older than the triage of today. Held-out faults: `held_out_faults`.
+others nothing is asked. In-sample, and the committed rows are older than the triage of today.
 
     python -m experiments.faults                       # 5 min on 2 cores
 

@@ -23,13 +23,8 @@ The text is the King James Bible of Debian's bible-kjv (4.38), public domain:
 import dataclasses
 from collections import Counter
 
-import jax
-import jax.numpy as jnp
-
-from bitnet_jax import audit, causes, config, program, signatures, verdict
+from bitnet_jax import signatures, verdict
 from bitnet_jax.metrics import HELD_OUT_LOSS
-from bitnet_jax.subject import Subject
-from bitnet_jax.train import STANDARD
 from experiments.lab import arms, planted, studies
 from experiments.lab.arms import Arm, Group, Request, train_group
 from experiments.lab.claims import Claim
@@ -40,7 +35,7 @@ from experiments.lab.planted import FAULTS, PLANTED, planted_arm
 from experiments.lab.stats import SEEDS, NotEnough, each, prediction_interval
 from experiments.lab.studies import KJV, KJV_STDLIB
 
-HEALTHY = "healthy"
+HEALTHY, SLOW = "healthy", "rate a third"
 RATES = {"a third": 1 / 3, "as published": 1.0, "3 times": 3.0}
 # Width, vocabulary, corpus.
 OTHER_SIZES = (48, 2048, None), (64, 512, "stdlib"), (128, 1024, "stdlib")
@@ -85,29 +80,6 @@ def planted_group(request: Request, wanted: list[Arm]) -> Group:
     return Group(cfg, arms.with_same_extra(made), bases, PLANTED)
 
 
-def measure(run) -> dict[str, list]:
-    """`causes` that triage names in the last checkpoint, best first, and the numbers it `measured`;
-    None for the runs that it does not look at."""
-    seams = PLANTED if run.replicates[0].hyper.extra else STANDARD
-    built, starts = program.build(run.cfg, run.replicates[:1], seams), run.states_at(0)
-    named, measured, seen = [], [], set()
-    for i, replicate in enumerate(run.replicates):
-        numbers, findings = None, None
-        if replicate.name not in seen:
-            seen.add(replicate.name)
-            hyper = config.stack_hypers([replicate])
-            own = dataclasses.replace(built, replicates=[replicate], hyper=hyper)
-            state, start = (
-                jax.tree.map(jnp.asarray, run.replicate(x, i)) for x in (run.states, starts)
-            )
-            numbers, _ = audit.measure(Subject(own, state.params, int(state.step), state, start))
-            findings = [dataclasses.asdict(finding) for finding in causes.rank(numbers)]
-            numbers = {key: float(f"{x:.5g}") for key, x in numbers.items()}
-        named.append(findings)
-        measured.append(numbers)
-    return {"causes": named, "measured": measured}
-
-
 def is_healthy(df):
     return df["arm"].str.startswith(HEALTHY)
 
@@ -148,25 +120,47 @@ def outcomes(df, with_detector: bool) -> Counter:
     return Counter(rows.apply(outcome, axis=1))
 
 
-def is_silent(df) -> bool:
-    return not df[is_healthy(df)].apply(is_alarm, axis=1).any()
+def false_alarms(df):
+    """Healthy runs that raise an alarm; NotEnough without healthy runs."""
+    rows = df[is_healthy(df)]
+    if not len(rows):
+        raise NotEnough("no healthy run")
+    return rows[rows.apply(is_alarm, axis=1)]
+
+
+def are_slow(df, count: int, of: int) -> bool:
+    """Whether there are so many false alarms of so many runs, all at a third of the rate."""
+    alarms = false_alarms(df)
+    slow = alarms["arm"].str.endswith(SLOW).all()
+    return (len(alarms), int(is_healthy(df).sum())) == (count, of) and bool(slow)
 
 
 KINDS = {cause.name: cause.kind for cause in signatures.CAUSES}
 CLAIMS = (
     Claim(
         "named",
-        "triage names first every harmful held-out fault of which it has a detector",
-        lambda df: set(outcomes(df, with_detector=True)) == {"named"},
+        "triage names first 2 of 5 harmful held-out faults of which it has a detector",
+        lambda df: outcomes(df, with_detector=True) == Counter(named=2, found=1, missed=2),
         KJV,
     ),
     Claim(
         "found",
-        "every harmful held-out fault without a detector raises an alarm",
-        lambda df: "missed" not in outcomes(df, with_detector=False),
+        "5 of 10 harmful held-out faults without a detector raise an alarm, and none a wrong name",
+        lambda df: outcomes(df, with_detector=False) == Counter(found=5, missed=5),
         KJV,
     ),
-    Claim("silent", "no healthy run raises an alarm or has a cause", is_silent, KJV, KJV_STDLIB),
+    Claim(
+        "silent",
+        "8 of 24 healthy runs raise an alarm, each at a third of the published learning rate",
+        lambda df: are_slow(df, 8, of=24),
+        KJV,
+    ),
+    Claim(
+        "beside",
+        "3 of 18 healthy runs on Python's library do, each at a third of the published rate",
+        lambda df: are_slow(df, 3, of=18),
+        KJV_STDLIB,
+    ),
 )
 
 
@@ -195,5 +189,12 @@ def show(df, exhibits) -> None:
 
 if __name__ == "__main__":
     experiment(
-        __doc__, ARMS, measure, CLAIMS, show, seeds="11-15", quick=studies.HELD_OUT, train=train
+        __doc__,
+        ARMS,
+        planted.triage,
+        CLAIMS,
+        show,
+        seeds="11-15",
+        quick=studies.HELD_OUT,
+        train=train,
     )

@@ -134,7 +134,10 @@ def show(df, exhibits) -> None:
     exhibits.curves(df[df["arm"] != DENSE], title="Held-out loss after the start")
     there = [x for x in (*starts, CEILING) if {x, DENSE} <= set(df["arm"])]
     lines = [[x, rise(df, x).text("+.2f")] for x in there]
-    exhibits.grid("Largest loss after the start, above the dense model's", ["arm", "nats"], lines)
+    if lines:  # none beside a dense model from elsewhere
+        exhibits.grid(
+            "Largest loss after the start, above the dense model's", ["arm", "nats"], lines
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Planted faults are what their names say, and nothing where their numbers are 0."""
 
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -16,8 +17,6 @@ from bitnet_jax.metrics import HELD_OUT_LOSS
 from bitnet_jax.signatures import CAUSES
 from experiments import held_out_faults as study
 from experiments.lab import arms, exhibits, planted, rows
-from experiments.lab.claims import FAILS, HOLDS, judge
-from experiments.lab.studies import KJV
 
 RUN = presets.override(presets.preset("tiny"), ["run.steps=16"])[0].run
 GROUPS = {
@@ -154,20 +153,33 @@ def make(verdicts=(), named=()):
 
 
 @pytest.mark.parametrize(
-    ("changed", "wrong"),
+    ("changed", "with_detector", "counted"),
     [
-        ({}, set()),
-        ({"named": {"every batch twice": "context ignored"}}, {"named"}),
-        ({"named": {"optimiser state thrown away": ""}}, {"found"}),
-        ({"named": {"dropout left on": ""}}, set()),  # it does no harm
-        ({"verdicts": {study.CONTROL: "dead"}}, {"silent"}),
-        ({"named": {study.CONTROL: "context ignored"}}, {"silent"}),
+        ({}, True, {"named": 7}),
+        ({}, False, {"found": 10}),
+        ({"named": {"every batch twice": "context ignored"}}, True, {"named": 6, "found": 1}),
+        ({"named": {"every batch twice": "shifted labels"}}, True, {"named": 6, "wrong name": 1}),
+        ({"named": {"optimiser state thrown away": ""}}, False, {"found": 9, "missed": 1}),
+        ({"named": {"dropout left on": ""}}, False, {"found": 10}),  # it does no harm
     ],
 )
-def test_claims_fail_on_rows_that_contradict_them(changed, wrong):
+def test_harmful_faults_are_counted_by_how_they_came_out(changed, with_detector, counted):
+    assert study.outcomes(make(**changed), with_detector) == Counter(counted)
+
+
+@pytest.mark.parametrize(
+    ("changed", "count"),
+    [
+        ({}, 0),
+        ({"verdicts": {study.CONTROL: "dead"}}, 4),
+        ({"named": {study.CONTROL: "context ignored"}}, 4),
+        ({"verdicts": {"every batch twice": "dead"}}, 0),  # no healthy run
+    ],
+)
+def test_alarms_of_healthy_runs_are_false(changed, count):
     df = make(**changed)
-    found = {claim.name: judge(claim, KJV, df).status for claim in study.CLAIMS}
-    assert found == {name: FAILS if name in wrong else HOLDS for name in found}
+    assert len(study.false_alarms(df)) == count
+    assert study.are_slow(df, count, of=4) == (count == 0)  # at the published rate
 
 
 def test_the_table_tells_how_each_fault_came_out():

@@ -1,5 +1,6 @@
 """Logs of other trainers: every format says the same, and what is wrong with one is one line."""
 
+import argparse
 import csv
 import json
 import math
@@ -14,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
 from bitnet_jax import diagnosis, history, history_page
+from bitnet_jax.cli import predict
 from bitnet_jax.config import UserError
 
 REFERENCES = diagnosis.of_numbers(50257, 7.1)
@@ -365,3 +367,17 @@ def test_flags_that_do_not_go_together_are_one_line(bitnet, arguments, tmp_path,
     write_jsonl(tmp_path / "x", entries(losses(5.0)))
     status, _, err = bitnet("triage", *arguments)
     assert status == 2 and err.count("\n") == 1
+
+
+def test_the_settings_of_a_log_make_the_command_that_predicts_its_decay():
+    settings = {"optim": "torch.optim.Adam", "weight_decay": 0.1, "learning_rate": 1e-3}
+    settings |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "lr_scheduler_type": "linear"}
+    words = diagnosis.predict_command(settings).split()
+    parser = argparse.ArgumentParser()
+    predict._add_setting(parser.add_argument)
+    parser.add_argument("--counts")
+    filled = {"STEPS": "300", "D": "64", "N": "512"}
+    args = parser.parse_args([filled.get(word, word) for word in words[2:]])
+    assert (args.weight_decay, args.lr, args.betas, args.steps) == (0.1, 1e-3, "0.9,0.95", 300)
+    predict.check_setting(args)
+    assert diagnosis.predict_command(settings | {"optim": "adamw_torch"}) is None

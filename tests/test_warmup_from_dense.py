@@ -138,6 +138,9 @@ def test_a_dense_model_from_elsewhere_starts_all_seeds_of_one_study(trained, tmp
     made = study.train(replace(asked, cfg=cfg), list(study.ARMS), None)
     names = [study.SCRATCH, study.ABRUPT, *study.WARMUPS, study.CEILING]
     assert trained == [([3, 5], names, {None, "hf:some/folder"}, False)] and len(made) == 10
+    shown = Exhibits(rows.frame(made))
+    study.show(rows.frame(made), shown)
+    assert shown.tables
     with pytest.raises(UserError, match=r"run\.init=fork:runs/mine"):
         study.check(replace(cfg, run=replace(cfg.run, init="fork:runs/mine")))
 

@@ -32,6 +32,7 @@ QUESTIONS = (  # in the order of the index
     "degeneration",
     "warmup_from_dense",
     "faults",
+    "held_out_faults",
     "reproduce_report",
 )
 INDEX, README, PAGES = ROOT / "experiments/README.md", ROOT / "README.md", ROOT / "runs/results"

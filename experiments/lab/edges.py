@@ -122,6 +122,20 @@ def short(x: float | None) -> float | None:
     return None if x is None else float(f"{x:.4g}")
 
 
+def points(df: pd.DataFrame, among, told: dict) -> dict[str, tuple[dict, dict]]:
+    """What is told and what was measured of the points that have both."""
+    have = {split(arm)[0] for arm in df["arm"]}
+    return {p: (told[p], measured(df, p)) for p in among if p in have and p in told}
+
+
+def share(points: dict[str, tuple[dict, dict]], kind: str) -> float:
+    """Share of what is told of a kind that is right; raises NotEnough for fewer than 3 cases."""
+    marks = [mark for pair in points.values() for mark in judged(*pair)[kind]]
+    if len(marks) < 3:
+        raise stats.NotEnough(f"{len(marks)} cases")
+    return sum(marks) / len(marks)
+
+
 def judged(told: dict, found: dict) -> dict[str, list[bool]]:
     """What is told of a point against what was measured, by kind: right or wrong, one by one.
 

@@ -5,14 +5,16 @@ have different faults and none. Two faults of the order of windows belong to see
 """
 
 import contextlib
+import dataclasses
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import data, loss, model, optim, quant
-from bitnet_jax.train import Seams
+from bitnet_jax import audit, causes, config, data, loss, model, optim, program, quant
+from bitnet_jax.subject import Subject
+from bitnet_jax.train import STANDARD, Seams
 from experiments.lab.arms import Arm
 
 IN_LOSS = ("targets_rolled", "label_noise", "over_logits")
@@ -164,3 +166,26 @@ FAULTS = {
         (planted_arm("optimiser state thrown away", {"state_lost": 1.0}), ANY, 11),
     )
 }  # fmt: skip
+
+
+def triage(run) -> dict[str, list]:
+    """`causes` that triage names in the last checkpoint, best first, and the numbers it `measured`;
+    None for the runs that it does not look at."""
+    seams = PLANTED if run.replicates[0].hyper.extra else STANDARD
+    built, starts = program.build(run.cfg, run.replicates[:1], seams), run.states_at(0)
+    named, measured, seen = [], [], set()
+    for i, replicate in enumerate(run.replicates):
+        numbers, findings = None, None
+        if replicate.name not in seen:
+            seen.add(replicate.name)
+            hyper = config.stack_hypers([replicate])
+            own = dataclasses.replace(built, replicates=[replicate], hyper=hyper)
+            state, start = (
+                jax.tree.map(jnp.asarray, run.replicate(x, i)) for x in (run.states, starts)
+            )
+            numbers, _ = audit.measure(Subject(own, state.params, int(state.step), state, start))
+            findings = [dataclasses.asdict(finding) for finding in causes.rank(numbers)]
+            numbers = {key: float(f"{x:.5g}") for key, x in numbers.items()}
+        named.append(findings)
+        measured.append(numbers)
+    return {"causes": named, "measured": measured}
