@@ -4,7 +4,7 @@ Each module imports only from those before it:
 
 config -> config_file -> presets -> metrics -> cache -> tokenizer -> documents -> corpus
 -> tokens -> data
--> reference -> quant -> model -> loss -> optim -> shrink -> collapse -> verdict -> log
+-> reference -> quant -> products -> model -> loss -> optim -> shrink -> collapse -> verdict -> log
 -> sharding -> train -> checkpoint -> hf_files -> hf_config -> hf_weights -> hf -> program
 -> restore -> generate -> subject -> updates -> audit -> signatures -> causes -> checks
 -> inspection -> terminal -> charts -> page -> workdir -> recorder -> run
