@@ -173,7 +173,7 @@ def test_what_is_not_decay_in_an_update_comes_from_gradients(case, decay):
         )
         for times in (1e-3, 2e-3)
     )
-    (_, u1_N, d1_N), (_, u2_N, d2_N) = (
+    (_, u1_N, d1_N, _), (_, u2_N, d2_N, _) = (
         [tree["block_0"]["attn"]["q"]["kernel"] if isinstance(tree, dict) else tree for tree in run]
         for run in (one, two)
     )
@@ -225,7 +225,7 @@ def test_no_recipe_decays_the_output_bias(case, recipe):
 @pytest.mark.parametrize("decays", DECAYS)
 def test_the_updates_are_found_again_in_parameters_and_state(case, decays):
     """What a training step adds to the parameters is what the chain returned."""
-    hyper = HYPER.replace(**DECAYS[decays], decay_rest=0.3)
+    hyper = HYPER.replace(**DECAYS[decays])
     _, updates_N, _, again_N = train64(hyper, *case)
     for one, wanted in zip(jax.tree.leaves(again_N), jax.tree.leaves(updates_N), strict=True):
         np.testing.assert_allclose(one, wanted, rtol=1e-11, atol=1e-15)
