@@ -29,7 +29,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bitnet_jax import quant
+from bitnet_jax import products, quant
 from bitnet_jax.config import Hyper, ModelConfig, UserError
 from bitnet_jax.sharding import split_batch
 
@@ -102,9 +102,16 @@ product.defvjp(_product_fwd, _product_bwd)
 def bit_linear(
     x: jax.Array, w_DF: jax.Array, hyper: Hyper, quantize_weight: Callable = quant.quantize_weight
 ) -> jax.Array:
-    """Quantised activations times quantised weights, in the type of `x`."""
+    """Quantised activations times quantised weights, in the type of `x`.
+
+    With `quant.quantize_fully` by codes (`products.code_linear`), which leaves out the rounding of
+    quotients and sums.
+    """
+    x_ND = x.reshape(-1, x.shape[-1])
+    if quantize_weight is quant.quantize_fully:
+        return products.code_linear(x_ND, w_DF).reshape(*x.shape[:-1], -1)
     w_q = quantize_weight(w_DF, hyper.weight_quant, x.dtype)
-    x_ND = quant.quantize_activation(x.reshape(-1, x.shape[-1]), hyper.act_quant)
+    x_ND = quant.quantize_activation(x_ND, hyper.act_quant)
     return product(x_ND, w_q, 0).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
@@ -255,17 +262,29 @@ class Block(nn.Module):
         return split_batch(x_BLD + y_BLD)
 
 
+def logits(x_BLD, head: jax.Array, axis: int, scale: jax.Array, bias_V) -> jax.Array:
+    """What a Transformer gives unless it is asked for something else: float32 logits [B, L, V].
+
+    `head` is [D, V] (axis 0) or [V, D] (axis 1); logits are scale * x . head + bias (or None).
+    """
+    x_ND = x_BLD.reshape(-1, x_BLD.shape[-1])
+    logits_NV = product(x_ND, head.astype(x_BLD.dtype), axis)
+    logits_BLV = scale * logits_NV.reshape(*x_BLD.shape[:-1], -1)
+    return logits_BLV if bias_V is None else logits_BLV + bias_V
+
+
 class Transformer(nn.Module):
     """tokens [B, L] -> float32 logits [B, L, V]; with positions [B, L], through the cache.
 
     `quantize_weight(w, strength, dtype)` makes the weights that a BitLinear multiplies with.
+    `readout` makes something else than logits of the same arguments (`loss.Readout`).
     """
 
     cfg: ModelConfig
     quantize_weight: Callable = quant.quantize_weight
 
     @nn.compact
-    def __call__(self, tokens_BL, hyper, position_BL=None):
+    def __call__(self, tokens_BL, hyper, position_BL=None, readout=logits):
         cfg = self.cfg
         shape = (cfg.vocab_size, cfg.d_model)
         embed = nn.Embed(*shape, embedding_init=embedding_init(cfg), name="embed")
@@ -274,13 +293,10 @@ class Transformer(nn.Module):
             x_BLD = Block(cfg, self.quantize_weight, name=f"block_{i}")(x_BLD, hyper, position_BL)
         x_BLD = RMSNorm(cfg, name="final_norm")(x_BLD)
         head = embed.embedding if cfg.tied_embedding else Head(cfg, name="head")()
-        x_ND = x_BLD.reshape(-1, cfg.d_model)
-        logits_NV = product(x_ND, head.astype(cfg.dtype), int(cfg.tied_embedding))
-        logits_BLV = hyper.logit_scale * logits_NV.reshape(*tokens_BL.shape, cfg.vocab_size)
+        bias_V, shape = None, (cfg.vocab_size,)
         if cfg.output_bias:
-            zeros = nn.initializers.zeros
-            logits_BLV += self.param("output_bias", zeros, (cfg.vocab_size,), jnp.float32)
-        return logits_BLV
+            bias_V = self.param("output_bias", nn.initializers.zeros, shape, jnp.float32)
+        return readout(x_BLD, head, int(cfg.tied_embedding), hyper.logit_scale, bias_V)
 
 
 class Head(nn.Module):

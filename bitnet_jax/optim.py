@@ -108,12 +108,14 @@ class Optimizer(NamedTuple):
     """An optax transformation that can say which part of its updates is weight decay.
 
     `decay_part(params, opt_state)`, of the parameters before and the state after an update, is that
-    part as a tree like `params`.
+    part as a tree like `params`. `updates(params, opt_state)`, of the same, is all of it: what
+    `update` returned, to rounding. Without it a step holds the updates as an array of their own.
     """
 
     init: Callable
     update: Callable
     decay_part: Callable
+    updates: Callable | None = None
 
 
 def make_optimizer(cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups) -> Optimizer:
@@ -160,4 +162,17 @@ def make_optimizer(cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups) -> Op
 
         return jax.tree.map(part, groups, params, nu)
 
-    return Optimizer(*chain, decay_part)
+    def updates(params, opt_state):
+        """-lr (m / (sqrt(v) + eps) + decoupled * w), m and v Adam's moments without their bias."""
+        adam = opt_state["adam"]
+        count = opt_state["lr"].count - 1
+        mu = optax.tree.bias_correction(adam.mu, cfg.beta1, adam.count)
+        nu = optax.tree.bias_correction(adam.nu, cfg.beta2, adam.count)
+
+        def one(group, w, m, v):
+            decay = shares[group] * decoupled(count)
+            return -lr(count) * (m / (jnp.sqrt(v) + cfg.eps) + decay * w)
+
+        return jax.tree.map(one, groups, params, mu, nu)
+
+    return Optimizer(*chain, decay_part, updates)

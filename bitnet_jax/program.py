@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import config, data, reference, sharding, train
+from bitnet_jax import config, data, products, quant, reference, sharding, train
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.train import STANDARD, Seams
 
@@ -137,6 +137,8 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
     evals, references = evaluation(cfg, tokens, windows, [rep.seed for rep in replicates])
     mesh = sharding.make_mesh(len(replicates), cfg.data.batch_size)
     everywhere = sharding.replicated(mesh)
+    standard = seams.quantize_weight is quant.quantize_weight
+    used = products.choose((rep.hyper for rep in replicates), standard=standard)
     on_device = cfg.data.gather == "device" or (
         cfg.data.gather == "auto"
         and tokens.train_N.nbytes <= DEVICE_BYTES
@@ -145,7 +147,7 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
     return Program(
         cfg,
         replicates,
-        seams,
+        replace(seams, products=used),
         tokens,
         references,
         mesh,

@@ -86,6 +86,12 @@ def _weight_bwd(dtype, residuals, grad):
 quantize_weight.defvjp(_weight_fwd, _weight_bwd)
 
 
+def quantize_fully(w: jax.Array, strength: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`quantize_weight` where both strengths are known to be 1: BitLinear may multiply codes."""
+    del strength
+    return quantize_weight(w, jnp.ones(()), dtype)
+
+
 @jax.custom_vjp
 def quantize_activation(x: jax.Array, strength: jax.Array) -> jax.Array:
     """int8 codes / t per token (last axis), in the type of `x`; the gradient passes unchanged."""

@@ -6,7 +6,6 @@ one dispatch on donated state.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import flax.struct
@@ -18,18 +17,26 @@ from bitnet_jax import collapse, loss, optim, quant, sharding
 from bitnet_jax.config import Config, Hyper
 from bitnet_jax.data import Batch, Windows
 from bitnet_jax.model import Transformer
+from bitnet_jax.products import CODES, PLAIN
 
 
 @dataclass(frozen=True)
 class Seams:
     """Functions of the step that an experiment may give its own of; their numbers: `Hyper.extra`.
 
-    Equal seams compile one program, so give functions of a module, not lambdas made anew.
+    Equal seams compile one program, so give functions of a module, not lambdas made anew. Which
+    `products` a program uses is found when it is built (`products.choose`).
     """
 
     loss: Callable = loss.training_loss
     optimizer: Callable = optim.make_optimizer
     quantize_weight: Callable = quant.quantize_weight
+    products: str = PLAIN
+
+    def transformer(self, cfg: Config) -> Transformer:
+        """The model as it trains and evaluates."""
+        by_codes = self.products == CODES
+        return Transformer(cfg.model, quant.quantize_fully if by_codes else self.quantize_weight)
 
 
 STANDARD = Seams()
@@ -117,10 +124,14 @@ def train_step(
     holds the number of that update. Unless `report`, the numbers of `update_numbers` are 0: they
     cost a pass over all parameters.
     """
-    model = Transformer(cfg.model, seams.quantize_weight)
+    model = seams.transformer(cfg)
     now = at_step(hyper, state.step)
 
     def objective(params):
+        if seams.loss is loss.training_loss:
+            readout = loss.Readout(batch)
+            nats = model.apply({"params": params}, batch.inputs, now, readout=readout)
+            return nats, nats
         logits_BLV = model.apply({"params": params}, batch.inputs, now)
         return seams.loss(logits_BLV, batch, hyper, unigram_V), loss.cross_entropy(
             logits_BLV, batch
@@ -130,12 +141,7 @@ def train_step(
     grad_norms = jax.tree.map(jnp.linalg.norm, grads)
     norm = optax.tree.norm(grad_norms)
     ok = jnp.isfinite(nats) & jnp.isfinite(norm) & (state.failed == 0)
-    state, numbers = jax.lax.cond(
-        report,
-        partial(_update, cfg, seams, hyper, True),
-        partial(_update, cfg, seams, hyper, False),
-        *(state, grads, norm, ok),
-    )
+    state, numbers = _update(cfg, seams, hyper, report, state, grads, norm, ok)
     return state, numbers | {
         "train/loss": nats,
         "train/grad_norm": norm,
@@ -143,32 +149,37 @@ def train_step(
     }
 
 
-def _update(cfg, seams, hyper, report: bool, state, grads, norm, ok):
+def _update(cfg, seams, hyper, report, state, grads, norm, ok):
     """The state after the optimiser's update, and `update_numbers` of it, or zeros."""
-    groups = optim.param_groups(state.params)
+    params, groups = state.params, optim.param_groups(state.params)
     tx = seams.optimizer(cfg.optim, cfg.run, hyper, groups)
     # Zeroing what goes into and comes out of the optimiser fuses with it; selecting between the old
     # and the new state would cost another pass over all of it.
     grads = jax.tree.map(lambda g: jnp.where(ok, g, 0), grads)
-    updates, opt_state = tx.update(
-        grads, state.opt_state, state.params, grad_norm=jnp.where(ok, norm, 0)
-    )
-    updates = jax.tree.map(lambda u: jnp.where(ok, u, 0), updates)
+    made, opt_state = tx.update(grads, state.opt_state, params, grad_norm=jnp.where(ok, norm, 0))
     n = state.step + 1
-    after = state.replace(
-        step=n,
-        failed=jnp.where(ok | (state.failed > 0), state.failed, n),
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-    )
+
+    def updates():
+        tree = made if tx.updates is None else tx.updates(params, opt_state)
+        return jax.tree.map(lambda u: jnp.where(ok, u, 0), tree)
+
+    def after(params):
+        failed = jnp.where(ok | (state.failed > 0), state.failed, n)
+        return state.replace(step=n, failed=failed, params=params, opt_state=opt_state)
 
     def numbers():
-        by_decay = tx.decay_part(state.params, opt_state)
-        return update_numbers(cfg, hyper, groups, after, updates, by_decay)
+        changed = after(optax.apply_updates(params, updates()))
+        by_decay = tx.decay_part(params, opt_state)
+        return update_numbers(cfg, hyper, groups, changed, updates(), by_decay)
 
-    if report:
-        return after, numbers()
-    return after, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(numbers))
+    def zeros():
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(numbers))
+
+    reported = jax.lax.cond(report, numbers, zeros)
+    # Parameters are replaced after the numbers have read them: else XLA copies them in every step,
+    # as it would copy all of a state that went through the `cond`.
+    params, reported = jax.lax.optimization_barrier((params, reported))
+    return after(optax.apply_updates(params, updates())), reported
 
 
 def update_numbers(cfg: Config, hyper: Hyper, groups, after: TrainState, updates, by_decay) -> dict:
@@ -229,11 +240,15 @@ def quant_numbers(params, codes_before: dict[str, jax.Array]) -> dict[str, jax.A
 
 def forward(cfg: Config, seams: Seams, params, hyper: Hyper, inputs, per_replicate=False):
     """Float32 logits [R, B, L, V] of R replicates on the same [B, L], or on their own [R, B, L]."""
-    model = Transformer(cfg.model, seams.quantize_weight)
+    model = seams.transformer(cfg)
 
     def forward_1(params, hyper, inputs_BL):
         return model.apply({"params": params}, inputs_BL, hyper)
 
+    if sharding.one_by_one():
+        if per_replicate:
+            return jax.lax.map(lambda one: forward_1(*one), (params, hyper, inputs))
+        return jax.lax.map(lambda one: forward_1(*one, inputs), (params, hyper))
     axes = (0, 0, 0 if per_replicate else None)
     return jax.vmap(forward_1, in_axes=axes, spmd_axis_name="replicate")(params, hyper, inputs)
 
@@ -291,18 +306,26 @@ def make_eval(cfg: Config, seams: Seams = STANDARD) -> Callable:
 
 
 def over_replicates(steps: Callable, n_rep: int) -> Callable:
-    """vmap steps(state, hyper, shared, batches) over R replicates.
+    """steps(state, hyper, shared, batches) -> (state, numbers) for R replicates.
 
-    One replicate runs without the axis: XLA:CPU multiplies and reduces faster then.
+    With an axis of them, or one after another (`sharding.one_by_one`), which move on in place.
     """
-    if n_rep > 1:
+    if n_rep > 1 and not sharding.one_by_one():
         return jax.vmap(steps, in_axes=(0, 0, None, 0), spmd_axis_name="replicate")
 
-    def steps_1(state, hyper, shared, batches):
-        state, hyper, batches = jax.tree.map(lambda x: x[0], (state, hyper, batches))
+    def one(states, hyper, shared, batches, i):
+        state, hyper, batches = jax.tree.map(lambda x: x[i], (states, hyper, batches))
+        state, numbers = steps(state, hyper, shared, batches)
+        return jax.tree.map(lambda x, y: x.at[i].set(y), states, state), numbers
+
+    def each(states, hyper, shared, batches):
+        if n_rep > 1:
+            indices = jnp.arange(n_rep)
+            return jax.lax.scan(lambda s, i: one(s, hyper, shared, batches, i), states, indices)
+        state, hyper, batches = jax.tree.map(lambda x: x[0], (states, hyper, batches))
         return jax.tree.map(lambda x: x[None], steps(state, hyper, shared, batches))
 
-    return steps_1
+    return each
 
 
 def make_train_chunk(cfg: Config, windows: Windows, seams: Seams = STANDARD) -> Callable:
@@ -333,11 +356,12 @@ def make_train_chunk(cfg: Config, windows: Windows, seams: Seams = STANDARD) -> 
             "losses": numbers_K["train/loss"],
             "grad_finite": numbers_K["grad_finite"],
         }
-        return state, train, quant_numbers(state.params, codes_before)
+        return state, (train, quant_numbers(state.params, codes_before))
 
     def chunk(state, hyper, evals, tokens_N, batches):
         steps_R = over_replicates(steps, state.step.shape[0])
-        state, train, quantised = steps_R(state, hyper, (tokens_N, evals.unigram_V), batches)
+        shared = tokens_N, evals.unigram_V
+        state, (train, quantised) = steps_R(state, hyper, shared, batches)
         now = at_step(hyper, state.step)
         return state, train, evaluate(cfg, seams, state.params, now, evals) | quantised
 

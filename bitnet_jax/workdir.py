@@ -146,6 +146,7 @@ def describe(program: Program, settings: dict) -> dict:
     )
     return settings | {
         "provenance": log.provenance(),
+        "products": program.seams.products,
         "corpus": program.tokens.identity,
         "references": program.references,
         "n_params": sum(x.size for x in jax.tree.leaves(one)),

@@ -8,9 +8,10 @@ bfloat16 under autocast (`--compiled`: also through torch.compile). Everything t
 `published`; steps and evaluations of the preset only say what a whole run spends on what.
 
 Prints a table, and the shares of a run; appends a row per measurement to
-experiments/results/bench_train.jsonl. Aims on a CPU: torch takes at least twice as long; small
-evaluations, one in 20 steps, at most 3 % of the time at `quick` and 5 % at `report`; host code
-under 1 ms per evaluation.
+experiments/results/bench_train.jsonl. Beside a step stand its bound (bench_bounds.py), the share of
+products and the ten largest costs, from a trace. Aims on a CPU: a step at most 1.75 times its
+bound; torch takes at least twice as long in the same precision; small evaluations, one in 20 steps,
+at most 3 % of the time at `quick` and 5 % at `report`; host code under 1 ms per evaluation.
 
     python -m experiments.bench_train
     python -m experiments.bench_train --preset report --set data.corpus=text:books/*.txt
@@ -35,7 +36,7 @@ from bitnet_jax import program as programs
 from bitnet_jax.cli import flags
 from bitnet_jax.config import Config, RunConfig
 from bitnet_jax.recorder import Recorder
-from experiments import bench, bench_peer
+from experiments import bench, bench_bounds, bench_peer
 from experiments.bench import Skipped, show, spread
 from experiments.bench_trainer import K, Trainer, make_single_steps, start
 
@@ -89,6 +90,7 @@ def measure_ours(one: Trainer, two: Trainer, most: int, rows: bench.Rows, planne
     taken = take_turns(one, two, most)
     chunk, small, large = taken["chunk"], taken["evaluation"], taken["large"]
     steps = chunk - small
+    compiled |= cost_of_a_step(one, taken, steps / K, n_params)
     seconds = {"step": steps / K, "evaluation": small, "large_block": large, "host": taken["host"]}
     shares = run_shares(planned, {name: float(np.median(x)) for name, x in seconds.items()})
     add(rows, "train_chunk", chunk / K, of_run=shares["step"], **compiled)
@@ -100,6 +102,17 @@ def measure_ours(one: Trainer, two: Trainer, most: int, rows: bench.Rows, planne
     add(rows, "single_steps", taken["singles"] / K, **spread("ratio", taken["singles"] / steps))
     ratio = spread("ratio", taken["two"] / (2 * chunk))
     add(rows, "two_replicates", taken["two"] / (2 * K), R=2, **ratio, **two.costs)
+
+
+def cost_of_a_step(one: Trainer, taken: dict, seconds: np.ndarray, n_params: int) -> dict:
+    """The bound of a step, how many times that it takes, and what it spends its time on."""
+    data_ = one.program.cfg.data
+    n_rows = data_.batch_size * data_.seq_len
+    limit = bench_bounds.bound(one.program.cfg.model, n_rows, n_params, taken)
+    share, largest = bench_bounds.product_share(one.chunk, lambda: one.chunks(1))
+    times = spread("of_bound", 1000 * seconds / limit["bound_ms"])
+    used = one.program.seams.products
+    return limit | times | {"products": used, "product_share": round(share, 3), "costs": largest}
 
 
 def take_turns(one: Trainer, two: Trainer, most: int) -> dict[str, np.ndarray]:
@@ -127,6 +140,8 @@ def take_turns(one: Trainer, two: Trainer, most: int) -> dict[str, np.ndarray]:
             "loop": lambda: one.loop(LOOP_CHUNKS, recorders[0]),
             "host": lambda: one.host(recorders[1]),
         }
+        shape = one.program.cfg.data
+        moves |= bench_bounds.make_moves(one.program.cfg.model, shape.batch_size * shape.seq_len)
         return bench.rounds(moves, most)
 
 
@@ -209,6 +224,15 @@ def table(rows: list[dict]) -> str:
             lines.append(
                 f"R={row['R']}: {row['tokens_per_second']:,} tokens/s per replicate; lowering "
                 f"{row['lower_s']} s, compiling {row['compile_s']} s; {row['memory_mb']} MB"
+            )
+        if "bound_ms" in row:
+            costs = ", ".join(f"{kind} {share:.1%}" for kind, share in row["costs"])
+            lines.append(
+                f"{show(row, 'of_bound', 'x the bound')} of {row['bound_ms']} ms: products "
+                f"({row['gflop']} GFLOP) {row['bound_products_ms']}, Adam ({row['adam_mb']} MB at "
+                f"{row['copy_gb_per_s']} GB/s) {row['bound_adam_ms']}; BitLinear: "
+                f"{row['products']}\n"
+                f"costs by a trace: {costs}"
             )
         if "ours_loss" in row:
             lines.append(

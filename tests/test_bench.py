@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from bitnet_jax.config import RunConfig, UserError
-from experiments import bench, bench_peer, bench_train
+from bitnet_jax.config import ModelConfig, RunConfig, UserError
+from experiments import bench, bench_bounds, bench_peer, bench_train
 from experiments.bench_decode import LABELS as DECODE_LABELS
 
 
@@ -115,3 +115,28 @@ def test_the_rows_of_committed_benchmarks_are_known():
         path = bench.FOLDER / f"{name}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert {row["benchmark"] for row in rows} <= set(labels)
+
+
+@pytest.mark.parametrize("layout", ["b158", "report"])
+def test_the_products_of_a_step_are_those_of_its_matrices(layout):
+    """4 D^2 + 3 D F in a block, and the head; grouped keys make two of them narrower."""
+    model = ModelConfig(layout=layout, vocab_size=100, d_model=32, n_kv_heads=2, d_ff=48)
+    block = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    assert bench_bounds.step_flops(model, 10) == 6 * 10 * (4 * block + 32 * 100)
+
+
+def test_operations_that_hold_products_are_found_in_a_compiled_program():
+    hlo = """HloModule m
+%fused_computation (p: f32[2,2]) -> f32[2,2] {
+  %p = f32[2,2]{1,0} parameter(0)
+  ROOT %dot.1 = f32[2,2]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+ENTRY %main (x: f32[2,2]) -> (f32[2,2]) {
+  %x = f32[2,2]{1,0} parameter(0)
+  %ynn_fusion = f32[2,2]{1,0} fusion(%x), kind=kCustom, calls=%fused_computation
+  %add.2 = f32[2,2]{1,0} add(%ynn_fusion, %x)
+  ROOT %tuple = (f32[2,2]{1,0}) tuple(%add.2)
+}
+"""
+    found = bench_bounds.product_names(hlo)
+    assert found == {"p": False, "dot.1": True, "x": False, "ynn_fusion": True, "add.2": False}

@@ -60,16 +60,16 @@ def case():
 
 @functools.partial(jax.jit, static_argnums=3)
 def train(hyper, params, grads, run=RUN):
-    """The chain as `train_step` uses it; per step parameters, updates and their decay part."""
+    """The chain; per step parameters, updates, their decay part, and the updates found again."""
     cfg, groups = OptimConfig(), optim.param_groups(params)
     tx = optim.make_optimizer(cfg, run, hyper, groups)
 
     def body(carry, grad):
         params, opt_state = carry
         updates, opt_state = tx.update(grad, opt_state, params)
-        by_decay = tx.decay_part(params, opt_state)
+        by_decay, again = tx.decay_part(params, opt_state), tx.updates(params, opt_state)
         params = jax.tree.map(jnp.add, params, updates)
-        return (params, opt_state), (params, updates, by_decay)
+        return (params, opt_state), (params, updates, by_decay, again)
 
     return jax.lax.scan(body, (params, tx.init(params)), grads)[1]
 
@@ -145,7 +145,7 @@ def test_without_gradients_the_whole_first_update_is_decay(case, decay):
     """The running mean of coupled decay is decay * w then; later it lags behind, by 10 updates."""
     params, grads = case
     hyper = HYPER.replace(**DECAYS[decay])
-    _, updates_N, decay_N = train64(hyper, params, jax.tree.map(np.zeros_like, grads))
+    _, updates_N, decay_N, _ = train64(hyper, params, jax.tree.map(np.zeros_like, grads))
     jax.tree.map(
         lambda d, u: np.testing.assert_allclose(d[0], u[0], rtol=1e-9, atol=1e-15),
         decay_N,
@@ -154,7 +154,7 @@ def test_without_gradients_the_whole_first_update_is_decay(case, decay):
 
 
 def test_without_decay_no_part_of_the_update_is_decay(case):
-    _, updates_N, decay_N = train64(HYPER.replace(decay_rest=1.0), *case)
+    _, updates_N, decay_N, _ = train64(HYPER.replace(decay_rest=1.0), *case)
     assert all(np.all(x == 0) for x in jax.tree.leaves(decay_N))
     assert all(np.any(x != 0) for x in jax.tree.leaves(updates_N))
 
@@ -173,7 +173,7 @@ def test_what_is_not_decay_in_an_update_comes_from_gradients(case, decay):
         )
         for times in (1e-3, 2e-3)
     )
-    (_, u1_N, d1_N), (_, u2_N, d2_N) = (
+    (_, u1_N, d1_N, _), (_, u2_N, d2_N, _) = (
         [tree["block_0"]["attn"]["q"]["kernel"] if isinstance(tree, dict) else tree for tree in run]
         for run in (one, two)
     )
@@ -220,6 +220,15 @@ def test_no_recipe_decays_the_output_bias(case, recipe):
     assert not np.array_equal(
         path_N["block_0"]["attn"]["q"]["kernel"][-1], params["block_0"]["attn"]["q"]["kernel"]
     )
+
+
+@pytest.mark.parametrize("decays", DECAYS)
+def test_the_updates_are_found_again_in_parameters_and_state(case, decays):
+    """What a training step adds to the parameters is what the chain returned."""
+    hyper = HYPER.replace(**DECAYS[decays])
+    _, updates_N, _, again_N = train64(hyper, *case)
+    for one, wanted in zip(jax.tree.leaves(again_N), jax.tree.leaves(updates_N), strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=1e-11, atol=1e-15)
 
 
 def test_a_changed_hyper_compiles_nothing(case):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import config, data, loss, optim, presets, sharding, train
+from bitnet_jax import config, data, loss, optim, presets, products, sharding, train
 from bitnet_jax import program as programs
 
 STEPS, EVERY = 40, 5  # of a chunk
@@ -121,6 +121,8 @@ def build(tmp_path_factory, cache_folder):
             some = functools.partial(sharding.make_mesh, devices=jax.devices()[:devices])
             patch.setattr(sharding, "make_mesh", some)
             patch.setattr(sharding, "MIN_SHARDED", 2**10)  # so that leaves of a tiny model split
+            # Tests below lower the strengths of quantisation in the compiled program.
+            patch.setattr(products, "TABLE", {})
             replicates = presets.make_replicates(arm, list(seeds), {})
             setup = Setup(programs.build(arm, replicates, seams or train.STANDARD))
         return setup

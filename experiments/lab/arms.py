@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from bitnet_jax import config, config_file, data, log, presets, program, run, train
+from bitnet_jax import config, config_file, data, log, presets, products, program, run, train
 from bitnet_jax.config import Config, Replicate, UserError, check_known
 from bitnet_jax.train import STANDARD, Seams
 from experiments.lab import rows
@@ -144,10 +144,11 @@ def groups(request: Request, arms: list[Arm]) -> list[Group]:
             if not arm.lengths or length in arm.lengths:
                 cfg, made, base = replicates(request, arm, length)
                 recipes, run_ = cfg.run.recipes, dataclasses.replace(cfg.run, recipes=("any",))
-                shape = dataclasses.replace(cfg, run=run_), arm.seams
+                by_codes = products.full_strength(made[0].hyper)  # of all in a program, or of none
+                shape = dataclasses.replace(cfg, run=run_), arm.seams, by_codes
                 shapes.setdefault(shape, []).extend((rep, base, recipes) for rep in made)
     found = []
-    for (cfg, seams), parts in shapes.items():
+    for (cfg, seams, _), parts in shapes.items():
         most = request.at_once or _at_once(cfg, parts[0][0])
         for start in range(0, len(parts), most):
             made, bases, recipes = zip(*parts[start : start + most], strict=True)
