@@ -92,11 +92,14 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
     """Train from where the workdir stands to the end; returns the summary."""
     began, run = time.monotonic(), program.cfg.run
     state, start = restore.start_state(program, workdir)
+    new = start == 0 and run.init is None
+    warnings = (
+        forecast.warnings(program.cfg, program.replicates, program.tokens.train_N) if new else []
+    )
     described = describe(program, settings)
     write_config(program, described, workdir)
-    if start == 0 and run.init is None:
-        for text in forecast.warnings(program.cfg, program.replicates, program.tokens.train_N):
-            print(f"warning: {text}")
+    for text in warnings:
+        print(f"warning: {text}")
     with contextlib.ExitStack() as stack:
         manager = checkpoint.open_manager(workdir, run)
         stack.callback(manager.close)
@@ -142,6 +145,9 @@ def _loop(program, state, start: int, recorder, save, stop_when_collapsed) -> tu
             if step < run.steps:
                 return prefetch.submit(program.batches, step, next_end(run, step))
 
+        def signalled():
+            return hosts.greatest(received[0] if received else 0)
+
         recorder.progress.start()
         step, batches = start, fetch(start)
         while step < run.steps and not recorder.over(stop_when_collapsed):
@@ -153,13 +159,12 @@ def _loop(program, state, start: int, recorder, save, stop_when_collapsed) -> tu
                     evaluated = evaluated | program.evaluate_large(state)
             step, batches = end, fetch(end)
             recorder.expect(step, state, trained, evaluated)
-            stop = hosts.greatest(received[0] if received else 0)
-            if stop or recorder.over(stop_when_collapsed) or is_save_step(run, step):
+            if signalled() or recorder.over(stop_when_collapsed) or is_save_step(run, step):
                 recorder.flush(state)
                 if not recorder.all_failed:
                     save(step, state)
-            if stop and step < run.steps:
-                raise Interrupted(f"stopped at step {step} and saved", stop)
+                if (signum := signalled()) and step < run.steps:
+                    raise Interrupted(f"stopped at step {step} and saved", signum)
     return state, step
 
 

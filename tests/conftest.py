@@ -3,12 +3,13 @@
 import dataclasses
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import jax
 import pytest
 
-from bitnet_jax import presets
+from bitnet_jax import cache, presets
 from bitnet_jax.cli import flags, main
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -19,6 +20,14 @@ jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_compilation_cache_max_size", 1 << 30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config):
+    """What a killed run left half written fails no test of the next."""
+    if not hasattr(config, "workerinput"):
+        showwarning = warnings.showwarning
+        cache.heal_compiled(COMPILED)
+        warnings.showwarning = showwarning
 
 
 @pytest.fixture(scope="session")
