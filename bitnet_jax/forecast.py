@@ -19,7 +19,7 @@ HALF = 0.5  # of the first logit spread, and of the seeds
 FIT_TOKENS = 1 << 22  # of which pairs are counted
 SHORT = 0.3  # nats above the unigram's loss that a run without decay keeps when it is too short
 WITHIN = 2.0  # the factor within which an edge is predicted
-# Measured over predicted edges at the points of experiments/critical_decay.py: V 300 to 2048, width 32
+# Measured over predicted edges of experiments/critical_decay.py: V 300 to 2048, width 32
 # to 72, 32 to 512 tokens a batch, 400 or 600 updates, English books and Python.
 SPREAD = "onset 0.7 to 1.1, outcome 0.4 to 1.1 (lower at 2 of 14), blind 0.5 to 2.4"
 # A collapsed model meets a decay as the mean field meets COLLAPSED times as much: its gradient's
@@ -116,7 +116,7 @@ def of_run(cfg: Config, hyper: Hyper, probs_V, context: float) -> tuple[shrink.S
     return setting, decay
 
 
-# --------------------------------------------------------------------------------- what is predicted
+# -------------------------------------------------------------------------------- what is predicted
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,12 @@ def expected(outlook: Forecast) -> str:
     return COLLAPSE if outlook.decay > outlook.outcome * WITHIN else EDGE
 
 
+EDGES = ("onset", "outcome", "blind")
+
+
 def lines(outlook: Forecast) -> list[str]:
     """What a terminal shows of a forecast."""
-    edges = f"onset {_decay(outlook.onset)}, outcome {_decay(outlook.outcome)}, blind {_decay(outlook.blind)}"
+    edges = ", ".join(f"{name} {_decay(getattr(outlook, name))}" for name in EDGES)
     shown = [
         f"  edges of decay inside Adam: {edges}",
         f"  (measured over predicted, 14 small models: {SPREAD})",
@@ -261,9 +264,7 @@ def _decay(edge: float | None) -> str:
 
 
 def _place(outlook: Forecast) -> str:
-    passed = [
-        name for name in ("onset", "outcome", "blind") if _beyond(outlook, getattr(outlook, name))
-    ]
+    passed = [name for name in EDGES if _beyond(outlook, getattr(outlook, name))]
     return f"beyond {', '.join(passed)}" if passed else "below all edges"
 
 
