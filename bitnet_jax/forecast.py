@@ -18,8 +18,8 @@ GRID = tuple(10 ** (k / 2) for k in range(-10, 2))  # decays whose fate the mean
 HALF = 0.5  # of the first logit spread, and of the seeds
 FIT_TOKENS = 1 << 22  # of which pairs are counted
 SHORT = 0.3  # nats above the unigram's loss that a run without decay keeps when it is too short
-WITHIN = 2.0  # the factor within which an edge is told
-# Measured over told edges at the points of experiments/critical_decay.py: V 300 to 2048, width 32
+WITHIN = 2.0  # the factor within which an edge is predicted
+# Measured over predicted edges of experiments/critical_decay.py: V 300 to 2048, width 32
 # to 72, 32 to 512 tokens a batch, 400 or 600 updates, English books and Python.
 SPREAD = "onset 0.7 to 1.1, outcome 0.4 to 1.1 (lower at 2 of 14), blind 0.5 to 2.4"
 # A collapsed model meets a decay as the mean field meets COLLAPSED times as much: its gradient's
@@ -116,7 +116,7 @@ def of_run(cfg: Config, hyper: Hyper, probs_V, context: float) -> tuple[shrink.S
     return setting, decay
 
 
-# --------------------------------------------------------------------------------- what is told
+# -------------------------------------------------------------------------------- what is predicted
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,12 @@ def forecasts(setting: shrink.Setting, decays: Sequence[float]) -> list[Forecast
     onset = edge(above, -least_spread(path, steps)[1:], -HALF)
     outcome = edge(above, cost, 0.0)
     blind = edge(above, path.loss[-1, 1:], (unigram + uniform) / 2)
-    found = []
+    outlooks = []
     for decay in decays:
         collapsed = outcome is not None and decay > outcome
         end = followed.index(COLLAPSED * decay if collapsed else decay)
         ratio = path.spread[:, followed.index(decay)] / path.spread[0, 0]
-        told = Forecast(
+        outlook = Forecast(
             decay,
             onset,
             outcome,
@@ -196,8 +196,8 @@ def forecasts(setting: shrink.Setting, decays: Sequence[float]) -> list[Forecast
             uniform,
             float(path.loss[-1, 0]),
         )
-        found.append(told)
-    return found
+        outlooks.append(outlook)
+    return outlooks
 
 
 def half_step(path: shrink.Path, ratio: np.ndarray, steps: int) -> float | None:
@@ -217,42 +217,43 @@ def least_spread(path: shrink.Path, steps: int) -> np.ndarray:
 COLLAPSE, EDGE, NO_COLLAPSE, TOO_SHORT = "collapse", "edge", "no collapse by decay", "too short"
 
 
-def expected(told: Forecast) -> str:
+def expected(outlook: Forecast) -> str:
     """`collapse`, `edge` (within the error of the outcome edge), `no collapse by decay`, or `too
     short` for a run that learns nothing even without decay."""
-    if not told.decay or told.outcome is None or told.decay < told.outcome / WITHIN:
-        return TOO_SHORT if told.short else NO_COLLAPSE
-    if told.short and not told.costs:
+    if not outlook.decay or outlook.outcome is None or outlook.decay < outlook.outcome / WITHIN:
+        return TOO_SHORT if outlook.short else NO_COLLAPSE
+    if outlook.short and not outlook.costs:
         return TOO_SHORT
-    return COLLAPSE if told.decay > told.outcome * WITHIN else EDGE
+    return COLLAPSE if outlook.decay > outlook.outcome * WITHIN else EDGE
 
 
-def lines(told: Forecast) -> list[str]:
+EDGES = ("onset", "outcome", "blind")
+
+
+def lines(outlook: Forecast) -> list[str]:
     """What a terminal shows of a forecast."""
-    edges = (
-        f"onset {_decay(told.onset)}, outcome {_decay(told.outcome)}, blind {_decay(told.blind)}"
-    )
-    found = [
+    edges = ", ".join(f"{name} {_decay(getattr(outlook, name))}" for name in EDGES)
+    shown = [
         f"  edges of decay inside Adam: {edges}",
-        f"  (measured over told, 14 small models: {SPREAD})",
-        f"  decay inside Adam here: {told.decay:g}, {_place(told)}",
-        f"  expected: {expected(told)}",
+        f"  (measured over predicted, 14 small models: {SPREAD})",
+        f"  decay inside Adam here: {outlook.decay:g}, {_place(outlook)}",
+        f"  expected: {expected(outlook)}",
     ]
-    if told.half_step is not None and told.decay:
-        found.append(f"  half of the first logit spread at step {told.half_step:.0f}")
-    if told.blind is not None and told.decay > told.blind / WITHIN:
-        found.append(
-            f"  then: loss about {told.loss:.2f} (unigram {told.unigram:.2f}, ln V "
-            f"{told.uniform:.2f}), entropy {told.entropy:.2f}"
+    if outlook.half_step is not None and outlook.decay:
+        shown.append(f"  half of the first logit spread at step {outlook.half_step:.0f}")
+    if outlook.blind is not None and outlook.decay > outlook.blind / WITHIN:
+        shown.append(
+            f"  then: loss about {outlook.loss:.2f} (unigram {outlook.unigram:.2f}, ln V "
+            f"{outlook.uniform:.2f}), entropy {outlook.entropy:.2f}"
         )
-    if expected(told) in (COLLAPSE, EDGE):
-        found.append(f"  change: {change(told)}")
-    return found
+    if expected(outlook) in (COLLAPSE, EDGE):
+        shown.append(f"  change: {change(outlook)}")
+    return shown
 
 
-def change(told: Forecast) -> str:
+def change(outlook: Forecast) -> str:
     """What keeps a run from the collapse."""
-    safe = min(x for x in (told.onset, told.outcome) if x is not None) / WITHIN
+    safe = min(x for x in (outlook.onset, outlook.outcome) if x is not None) / WITHIN
     return f"AdamW (decay outside Adam), or a decay inside Adam of {safe:.1g} or less"
 
 
@@ -262,22 +263,22 @@ def _decay(edge: float | None) -> str:
     return f"{edge:.2g}" if edge else f"below {GRID[0]:.1g}"
 
 
-def _place(told: Forecast) -> str:
-    passed = [name for name in ("onset", "outcome", "blind") if _beyond(told, getattr(told, name))]
+def _place(outlook: Forecast) -> str:
+    passed = [name for name in EDGES if _beyond(outlook, getattr(outlook, name))]
     return f"beyond {', '.join(passed)}" if passed else "below all edges"
 
 
-def _beyond(told: Forecast, edge: float | None) -> bool:
-    return edge is not None and told.decay > edge
+def _beyond(outlook: Forecast, edge: float | None) -> bool:
+    return edge is not None and outlook.decay > edge
 
 
-def warning(told: Forecast) -> str | None:
+def warning(outlook: Forecast) -> str | None:
     """One line for a run that is expected to collapse, else None."""
-    if expected(told) != COLLAPSE:
+    if expected(outlook) != COLLAPSE:
         return None
     return (
-        f"decay inside Adam of {told.decay:g} is expected to collapse this run (outcome edge "
-        f"{_decay(told.outcome)}); {change(told)}"
+        f"decay inside Adam of {outlook.decay:g} is expected to collapse this run (outcome edge "
+        f"{_decay(outlook.outcome)}); {change(outlook)}"
     )
 
 
@@ -285,9 +286,9 @@ def warnings(cfg: Config, replicates: Sequence[Replicate], tokens_N) -> list[str
     """A line for every recipe of a run on a text that is expected to collapse."""
     decaying = {rep.name: rep for rep in replicates if rep.hyper.coupled_1 or rep.hyper.coupled_2}
     text = frequencies(tokens_N, cfg.model.vocab_size) if decaying else None
-    found = []
+    texts = []
     for rep in decaying.values():
         setting, decay = of_run(cfg, rep.hyper, *text)
         if line := warning(forecast(setting, decay)):
-            found.append(f"{rep.name}: {line}")
-    return found
+            texts.append(f"{rep.name}: {line}")
+    return texts
