@@ -1,4 +1,4 @@
-# make setup | train | test | test-parity | results | lint | format | clean
+# make setup | train | test | test-slow | test-parity | results | lint | format | clean
 # PYTHON=python3.12 picks the interpreter; ACCEL=cuda13 or ACCEL=tpu installs jax for that device.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed-$(ACCEL)
 TORCH := $(VENV)/installed-torch
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup train test test-parity results lint format clean
+.PHONY: setup train test test-slow test-parity results lint format clean
 
 setup: $(STAMP)
 
@@ -25,7 +25,11 @@ train: setup
 	$(RUN) -m bitnet_jax train --resume
 
 test: lint
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Whole commands, and processes that are killed and go on.
+test-slow: setup
+	$(RUN) -m pytest -n 2 --dist loadfile -m slow
 
 # The exports as transformers and llama.cpp themselves compute them. torch's CPU build is enough:
 # point PIP_EXTRA_INDEX_URL to it where pip would take a larger one.

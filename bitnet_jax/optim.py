@@ -145,6 +145,11 @@ def make_optimizer(cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups) -> Op
         ("lr", optax.scale_by_learning_rate(lr)),
     )
     shares = {"matrix": 1.0, "bias": 0.0} | dict.fromkeys(DECAYED_IN_PART, hyper.decay_rest)
+    return Optimizer(*chain, *_read_back(cfg, groups, shares, coupled, decoupled, lr))
+
+
+def _read_back(cfg: OptimConfig, groups, shares: dict, coupled, decoupled, lr):
+    """`decay_part` and `updates` of an Optimizer, from its moments; schedules are of the count."""
 
     def decay_part(params, opt_state):
         """-lr (decoupled + coupled / (sqrt(v) + eps)) * w, v Adam's second moment.
@@ -175,4 +180,4 @@ def make_optimizer(cfg: OptimConfig, run: RunConfig, hyper: Hyper, groups) -> Op
 
         return jax.tree.map(one, groups, params, mu, nu)
 
-    return Optimizer(*chain, decay_part, updates)
+    return decay_part, updates

@@ -97,9 +97,6 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
         forecast.warnings(program.cfg, program.replicates, program.tokens.train_N) if new else []
     )
     described = describe(program, settings)
-    write_config(program, described, workdir)
-    for text in warnings:
-        print(f"warning: {text}")
     with contextlib.ExitStack() as stack:
         manager = checkpoint.open_manager(workdir, run)
         stack.callback(manager.close)
@@ -110,6 +107,9 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
             sealed = described | {"metrics": log.seal(workdir / "metrics.jsonl")}
             checkpoint.save(manager, step, state, sealed)
 
+        write_config(program, described, workdir)
+        for text in warnings:
+            print(f"warning: {text}")
         state, step = _loop(program, state, start, recorder, save, stop_when_collapsed)
         try:
             decoded = continuations(program, state)

@@ -292,6 +292,7 @@ def test_overfit_stops_once_the_loss_is_low(untied):
 # ------------------------------------------------------------------------------------------ whole
 
 
+@pytest.mark.slow
 def test_all_tests_of_a_sound_start_point_to_nothing_but_its_length(untied):
     s = replace(subject_of(untied), overfit_steps=25)
     measured, left_out = audit.measure(s)

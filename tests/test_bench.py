@@ -28,6 +28,7 @@ def run_tiny(tiny, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_every_measurement_becomes_a_row_without_paths(run_tiny, tmp_path, capsys):
     rows, text = run_tiny()
     assert set(rows) == set(bench_train.LABELS) - set(bench_peer.MOVES)

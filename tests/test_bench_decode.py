@@ -21,6 +21,7 @@ def resolve(*argv):
     return bench_decode.resolve(bench_decode.parse([*argv]))
 
 
+@pytest.mark.slow
 def test_every_way_to_decode_becomes_a_row_without_paths(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(bench_peer, "why_none", lambda model: "not here")

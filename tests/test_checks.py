@@ -46,6 +46,7 @@ def test_sound_code_passes_all_checks(small):
     assert checks.lines(results)[-1] == "all passed"
 
 
+@pytest.mark.slow
 def test_coupled_decay_fails_the_decay_check_alone_and_a_negligible_one_none(small):
     results = checks.examine(small, replicate_of(small, "coupled"))
     assert failed(results) == ["decay"]

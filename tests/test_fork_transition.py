@@ -110,6 +110,7 @@ def by_fork(made, kind, fork):
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_restored_run_repeats_the_one_not_stopped_and_others_share_its_past(trained, kind):
     """Every number of stage 2 in the log, and every bit of the state at the end."""
@@ -124,6 +125,7 @@ def test_the_restored_run_repeats_the_one_not_stopped_and_others_share_its_past(
     assert prints[0] != prints[1]
 
 
+@pytest.mark.slow
 def test_all_arms_are_of_one_study_and_a_repeated_command_trains_nothing(trained, two_forks):
     request, made, source = trained
     assert len(rows.by_study(made)) == 1 and len({rows.place(row) for row in made}) == 6
@@ -132,6 +134,7 @@ def test_all_arms_are_of_one_study_and_a_repeated_command_trains_nothing(trained
     assert (source / "metrics.jsonl").stat().st_mtime_ns == begun
 
 
+@pytest.mark.slow
 def test_a_reset_starts_from_new_moments_and_the_old_schedule(trained):
     request, _, source = trained
     run = dataclasses.replace(
@@ -150,6 +153,7 @@ def test_a_reset_starts_from_new_moments_and_the_old_schedule(trained):
         np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_the_log_of_a_fork_is_not_begun_twice(trained, tmp_path):
     """A resumed fork keeps the rows that it has written."""
     _, _, source = trained
@@ -161,6 +165,7 @@ def test_the_log_of_a_fork_is_not_begun_twice(trained, tmp_path):
     assert log.read_rows(path)[-1] == {"step": 6}
 
 
+@pytest.mark.slow
 def test_a_restored_run_that_differs_fails_the_command(trained, two_forks, monkeypatch):
     request, _, _ = trained
     monkeypatch.setattr(study, "differing", lambda df: ["coupled stage 2, seed 3"])

@@ -475,6 +475,7 @@ def test_the_first_step_and_tensor_that_broke_are_named(
         assert found["lr"] == pytest.approx(float(rate), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_failed_replicate_resumes_bitwise(cfg, tmp_path, monkeypatch):
     coupled, published = replicates_of(cfg)
     replicates = [coupled, broken(published)]
@@ -487,6 +488,7 @@ def test_a_run_with_a_failed_replicate_resumes_bitwise(cfg, tmp_path, monkeypatc
     assert summary["replicates"][1]["failed"]["lr"] == 1e3
 
 
+@pytest.mark.slow
 def test_one_replicate_alone_stops_when_it_fails(cfg, tmp_path):
     summary = run.run(cfg, [broken(replicates_of(cfg)[1])], tmp_path / "run")
     assert summary["finished"] and SAVE < summary["step"] < STEPS
@@ -496,6 +498,7 @@ def test_one_replicate_alone_stops_when_it_fails(cfg, tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_all_have_collapsed_and_can_go_on(cfg, finished, tmp_path, monkeypatch):
     reference, whole = finished
     monkeypatch.setattr(verdict, "collapsed", lambda found: found.name != "init")
@@ -703,6 +706,7 @@ def whole(shared, tmp_path_factory):
     return command
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again(shared, whole, tmp_path):
     """Signals between and inside chunks and saves, from the first rows to nearly the last."""
     command = Command(shared, tmp_path / "run")
