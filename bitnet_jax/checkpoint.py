@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
@@ -83,6 +84,8 @@ def load_config(workdir: Path, step: int) -> dict:
 def restore(workdir: Path, step: int, abstract_state):
     """Restore a step into the shapes, types and shardings of `abstract_state`.
 
+    Leaves without a sharding come to the first device, wherever they were saved.
+
     Raises UserError when the step is missing, damaged, or of another shape.
     """
     with _reading(workdir, step) as folder, ocp.StandardCheckpointer() as reader:
@@ -94,11 +97,11 @@ def restore(workdir: Path, step: int, abstract_state):
                     f"{folder}: checkpoint of another shape: {name} is {saved.get(name)} there "
                     f"and {wanted.get(name)} in this configuration"
                 )
-        return reader.restore(folder / "state", abstract_state)
+        return reader.restore(folder / "state", jax.tree.map(_placed, abstract_state))
 
 
 def restore_replicate(workdir: Path, step: int, index: int, abstract_state):
-    """Restore one replicate without its leading axis; `abstract_state` is that of one replicate.
+    """One replicate without its leading axis, in NumPy; `abstract_state` is that of one replicate.
 
     Raises UserError as `restore` does, and when the checkpoint has no such replicate.
     """
@@ -108,7 +111,7 @@ def restore_replicate(workdir: Path, step: int, index: int, abstract_state):
     stacked = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((n_rep, *x.shape), x.dtype), abstract_state
     )
-    return jax.tree.map(lambda x: x[index], restore(workdir, step, stacked))
+    return jax.tree.map(lambda x: np.asarray(x)[index], restore(workdir, step, stacked))
 
 
 def _checksums(folder: Path, part: str = "") -> dict[str, int]:
@@ -138,6 +141,14 @@ def _reading(workdir: Path, step: int, part: str = ""):
         if written.get(name) != found.get(name):
             raise UserError(f"{folder}: damaged checkpoint: {name} is not as written; {remedy}")
     yield folder
+
+
+def _placed(x):
+    """A leaf whose sharding orbax need not take from the checkpoint."""
+    if getattr(x, "sharding", None) is not None:
+        return x
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
