@@ -4,7 +4,6 @@ The definitions are those of `verdict`. A log of losses alone allows less than a
 ours: each test that lacks a number decides nothing, and is named with that number.
 """
 
-import json
 import math
 import textwrap
 from dataclasses import dataclass, replace
@@ -229,10 +228,9 @@ def of_text(text: str, tokenizer: str) -> dict:
 def of_counts(path: Path) -> dict:
     """Uniform and unigram predictions of counts of tokens, scored on the same counts.
 
-    A file of JSON (a list, or an object with a count per token; tokens that never occur are zeros),
-    of NumPy (.npy), or of text, a count a line. Raises UserError.
+    The file is one of `reference.read_counts`. Raises UserError.
     """
-    counts_V = read_counts(path)
+    counts_V = reference.read_counts(path)
     curve = reference.unigram_curve(counts_V / counts_V.sum(), counts_V, reference.CURVE_SCALES)
     unigram = curve["scale"].index(1.0)
     return of_numbers(len(counts_V), curve["loss"][unigram]) | {"curve": curve}
@@ -255,22 +253,3 @@ def of_numbers(vocab_size: int | None, unigram_loss: float | None) -> dict:
             "loss of uniform predictions; it is in nats per token"
         )
     return references
-
-
-def read_counts(path: Path) -> np.ndarray:
-    """Counts of the tokens of a vocabulary, float64 [V]; raises UserError."""
-    try:
-        if path.suffix == ".npy":
-            counts = np.load(path)
-        else:
-            text = path.read_text(encoding="utf-8")
-            tree = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.split()
-            counts = list(tree.values()) if isinstance(tree, dict) else tree
-        counts_V = np.asarray(counts, np.float64)
-    except OSError as error:
-        raise UserError(f"--counts {path}: cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"--counts {path}: not a list of counts, one for each token") from error
-    if counts_V.ndim != 1 or len(counts_V) < 2 or not (counts_V >= 0).all() or not counts_V.sum():
-        raise UserError(f"--counts {path}: needs two counts and more, of 0 and above, not all 0")
-    return counts_V

@@ -76,12 +76,7 @@ def product(x_ND: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     A custom_vjp on rows, because XLA:CPU computes the derived gradient of a matrix transposed and
     copies it, which costs most for the head of a large vocabulary.
     """
-    return _dot(x_ND, w, 1, axis)
-
-
-def _dot(a, b, axis_a, axis_b):
-    contracted = (((axis_a,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
+    return products.dot(x_ND, w, 1, axis)
 
 
 def _product_fwd(x_ND, w, axis):
@@ -92,7 +87,7 @@ def _product_bwd(axis, residuals, grad_NF):
     x_ND, w = residuals
     grad_NF = grad_NF.astype(x_ND.dtype)
     pair = (x_ND, grad_NF) if axis == 0 else (grad_NF, x_ND)
-    grad_x, grad_w = _dot(grad_NF, w, 1, 1 - axis), _dot(*pair, 0, 0)
+    grad_x, grad_w = products.dot(grad_NF, w, 1, 1 - axis), products.dot(*pair, 0, 0)
     return grad_x.astype(x_ND.dtype), grad_w.astype(w.dtype)
 
 
@@ -138,8 +133,7 @@ def integer_product(codes_ND: jax.Array, packed: jax.Array) -> jax.Array:
 
     def plane(shift):
         w_DP = (packed >> shift & 3).astype(jnp.int8) - 1
-        contracted = (((1,), (0,)), ((), ()))
-        return jax.lax.dot_general(codes_ND, w_DP, contracted, preferred_element_type=jnp.int32)
+        return products.dot(codes_ND, w_DP, 1, 0, jnp.int32)
 
     sums_4NP = jax.lax.map(plane, jnp.arange(0, 8, 2, dtype=jnp.uint8))
     return jnp.moveaxis(sums_4NP, 0, 1).reshape(len(codes_ND), -1)

@@ -4,13 +4,16 @@ Uniform, unigram, bigram, and the tempered unigram: the best a model can do that
 All losses and entropies are in nats.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
 from scipy import sparse
 from scipy.special import entr, xlogy
 
+from bitnet_jax.config import UserError, shown
 from bitnet_jax.data import Batch
 
 FIT_TOKENS = 50_000_000  # the predictors are fitted on at most this many tokens from the start
@@ -21,13 +24,52 @@ CHUNK_ROWS = 64  # dense rows [V] of the bigram held at once
 
 def unigram_probs(tokens_N, vocab_size: int, alpha: float = 0.1, scored_N=None) -> np.ndarray:
     """Add-alpha token frequencies, of the scored tokens where that is given; float64 [V]."""
-    counts_V = np.full(vocab_size, alpha)
+    counts_V = np.zeros(vocab_size)
     for start in range(0, len(tokens_N), COUNT_TOKENS):
         chunk_N = tokens_N[start : start + COUNT_TOKENS]
         if scored_N is not None:
             chunk_N = chunk_N[scored_N[start : start + COUNT_TOKENS]]
         counts_V += np.bincount(chunk_N, minlength=vocab_size)
-    return counts_V / counts_V.sum()
+    return smoothed(counts_V, alpha)
+
+
+def smoothed(counts_V, alpha: float = 0.1) -> np.ndarray:
+    """Add-alpha frequencies of counts, float64 [V]."""
+    return (counts_V + alpha) / (counts_V + alpha).sum()
+
+
+def read_counts(path: Path) -> np.ndarray:
+    """Counts of the tokens of a vocabulary, float64 [V], those that never occur among them.
+
+    A file of NumPy (.npy), of JSON (a list, or an object with a count per token), or of text, a
+    count at the end of each line. Raises UserError.
+    """
+    try:
+        if path.suffix == ".npy":
+            counts = np.load(path)
+        else:
+            text = path.read_text(encoding="utf-8")
+            is_json = text.lstrip()[:1] in ("[", "{")
+            counts = json.loads(text) if is_json else _last_words(path, text)
+            counts = list(counts.values()) if isinstance(counts, dict) else counts
+        counts_V = np.asarray(counts, np.float64)
+    except OSError as error:
+        raise UserError(f"--counts {path}: cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"--counts {path}: not a list of counts, one for each token") from error
+    if counts_V.ndim != 1 or len(counts_V) < 2 or not (counts_V >= 0).all() or not counts_V.sum():
+        raise UserError(f"--counts {path}: needs two counts and more, of 0 and above, not all 0")
+    return counts_V
+
+
+def _last_words(path: Path, text: str) -> list[int]:
+    counts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        word = line.replace(",", " ").split()[-1:] or [""]
+        if not word[0].isascii() or not word[0].isdecimal():
+            raise UserError(f"--counts {path}: line {number} ends in no count: {shown(line)!r}")
+        counts.append(int(word[0]))
+    return counts
 
 
 @dataclass(frozen=True)

@@ -76,15 +76,6 @@ def batches(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P("replicate", None, "data"))
 
 
-def one_by_one() -> bool:
-    """Whether replicates run one after another: on a CPU alone that is faster than an axis.
-
-    XLA:CPU takes matrices through its fast products, but not stacks of them.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
-
-
 def split_batch(batch):
     """Split the leading axis of arrays over the `data` axis of the mesh, where it divides them."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,9 +1,9 @@
 """Say before training whether weight decay inside Adam will collapse a language model.
 
 Of one of our runs (--preset, --config, --set), or of any framework's, by flags from --optimizer on.
-Token frequencies come from --counts (a file whose lines end in one count per token), from --text
-(with the tokenizer of the configuration), or from the configuration's own corpus. Nothing is
-trained; it takes seconds.
+Token frequencies come from --counts (as `bitnet triage --log` reads them), from --text (with the
+tokenizer of the configuration), or from the configuration's own corpus. Nothing is trained; it
+takes seconds.
 
     bitnet predict --preset report --text 'books/*.txt' --set data.tokenizer=bpe:4096
     bitnet predict --optimizer adam --weight-decay 0.01 --lr 1e-3 --steps 2000 --warmup 100 \\
@@ -24,7 +24,8 @@ def main(argv: list[str]) -> int:
     flags.add_configuration(parser)
     add = parser.add_argument
     add("--text", metavar="GLOB", help="files whose token frequencies count")
-    add("--counts", type=Path, metavar="FILE", help="counts of tokens, one at the end of each line")
+    add("--counts", type=Path, metavar="FILE", help="counts of the vocabulary's tokens "
+        "in the training text: .npy, JSON, or one a line")  # fmt: skip
     _add_setting(add)
     args = parser.parse_args(argv)
     request = flags.resolve(args, "predict")
@@ -93,36 +94,14 @@ def frequencies(args, cfg):
     of its context, that of English where counts are all there is; raises UserError."""
     from dataclasses import replace
 
-    from bitnet_jax import data, forecast, shrink
+    from bitnet_jax import data, forecast, reference, shrink
 
     if args.counts:
-        return counts_of(args.counts), shrink.Setting.context
+        return reference.smoothed(reference.read_counts(args.counts)), shrink.Setting.context
     if args.text:
         cfg = replace(cfg, data=replace(cfg.data, corpus=f"text:{args.text}", validation=None))
     tokens = data.load(cfg.data)
     return forecast.frequencies(tokens.train_N, tokens.tokenizer.vocab_size)
-
-
-def counts_of(path: Path):
-    """Frequencies of the counts in a file, 0.1 added to each as in `reference`; UserError."""
-    import numpy as np
-
-    from bitnet_jax.config import UserError, shown
-
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"--counts {path}: {error.strerror}") from error
-    counts_V = []
-    for number, line in enumerate(lines, 1):
-        word = line.replace(",", " ").split()[-1:] or [""]
-        if not word[0].isascii() or not word[0].isdecimal():
-            raise UserError(f"--counts {path}: line {number} ends in no count: {shown(line)!r}")
-        counts_V.append(int(word[0]))
-    if len(counts_V) < 2 or not sum(counts_V):
-        raise UserError(f"--counts {path}: needs counts of two tokens or more")
-    counts_V = np.array(counts_V, np.float64) + 0.1
-    return counts_V / counts_V.sum()
 
 
 def setting_of(args, probs_V, context: float):
