@@ -202,11 +202,17 @@ def forecasts(setting: shrink.Setting, decays: Sequence[float]) -> list[Forecast
 
 def half_step(path: shrink.Path, ratio: np.ndarray, steps: int) -> float | None:
     """The update of stage 1 at which a share of the first spread is a half; None without one."""
-    below = np.flatnonzero((ratio <= HALF) & (path.step <= max(steps // 2, 1)))
+    stage_1 = path.step <= max(steps // 2, 1)
+    return halved(path.step[stage_1], ratio[stage_1])
+
+
+def halved(steps_N: np.ndarray, ratio_N: np.ndarray) -> float | None:
+    """The step, between neighbours, at which a ratio that starts at 1 is first HALF; or None."""
+    below = np.flatnonzero(ratio_N <= HALF)
     if not len(below):
         return None
     j = below[0]
-    return float(np.interp(-HALF, -ratio[j - 1 : j + 1], path.step[j - 1 : j + 1]))
+    return float(np.interp(-HALF, -ratio_N[j - 1 : j + 1], steps_N[j - 1 : j + 1]))
 
 
 def least_spread(path: shrink.Path, steps: int) -> np.ndarray:

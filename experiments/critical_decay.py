@@ -1,4 +1,4 @@
-"""When does decay inside Adam collapse a language model, and can that be told beforehand?
+"""When does decay inside Adam collapse a language model, and can that be predicted?
 
 Coupled decay (torch's `Adam(weight_decay=)`) of `decay` in stage 1 and half of it in stage 2 on all
 parameters, as in the report's recipe; all else at one point of a star about V = 2048, d = 64, 128
@@ -16,7 +16,7 @@ Predicted before training: `bitnet_jax.forecast`, of which one number is fitted,
 committed before they were run.
 
     python -m experiments.critical_decay --set data.corpus=text:books.validation.txt.xz
-    python -m experiments.critical_decay --predict ...   # tell, and run nothing
+    python -m experiments.critical_decay --predict ...   # predict, and run nothing
 
 Goes when the law is tested at full size.
 """
@@ -116,31 +116,31 @@ ARMS = tuple(arm for point in POINTS for arm in arms_of(point))
 def train(request: Request, arms_: list[Arm], measure=None, predicting=False) -> list[dict]:
     """Rows of the chosen arms, written point by point; a point whose rows are there is not run.
 
-    `predicting` runs none, but writes what is told of them, and ends the process.
+    `predicting` runs none, but writes what is predicted of them, and ends the process.
     """
     del measure
     wanted, made = arms.chosen(request, arms_), []
     for point in dict.fromkeys(edges.split(arm.name)[0] for arm in wanted):
         mine = [arm for arm in wanted if edges.split(arm.name)[0] == point]
         if predicting:
-            predict(point, edges.predicted(request, mine))
+            keep(point, edges.predict(request, mine))
         for group in [] if predicting else arms.groups(request, mine):
-            found = there(request, group)
-            if len(found) < len(group.replicates):
+            of_group = there(request, group)
+            if len(of_group) < len(group.replicates):
                 print(f"{point}: {len(group.replicates)} replicates", flush=True)
-                found = lean.train_rows(group, request.preset)
-                rows.append(request.name, found)
-                print(f"{point}: {found[0]['seconds'] * len(found):.0f} s", flush=True)
-            made += found
+                of_group = lean.train_rows(group, request.preset)
+                rows.append(request.name, of_group)
+                print(f"{point}: {of_group[0]['seconds'] * len(of_group):.0f} s", flush=True)
+            made += of_group
     if predicting:
         sys.exit(0)
     return made
 
 
-def predict(point: str, told: dict) -> None:
-    """Keep what is told of a point, before it is run."""
+def keep(point: str, predicted: dict) -> None:
+    """Write down what is predicted of a point, before it is run."""
     known = log.read_json(PREDICTED) if PREDICTED.exists() else {}
-    log.write_json(PREDICTED, known | {point: told})
+    log.write_json(PREDICTED, known | {point: predicted})
 
 
 def there(request: Request, group: arms.Group) -> list[dict]:
@@ -151,12 +151,12 @@ def there(request: Request, group: arms.Group) -> list[dict]:
 
 
 def points(df, among) -> dict[str, tuple[dict, dict]]:
-    """What is told and what was measured of the points that have both."""
+    """What is predicted and what was measured of the points that have both."""
     return edges.points(df, among, log.read_json(PREDICTED))
 
 
-def told_right(kind: str, least: float):
-    """A test: of what was told of a kind before the prospective runs, at least a share is right."""
+def right_share(kind: str, least: float):
+    """A test: of a kind's predictions before the prospective runs, at least a share is right."""
     return lambda df: edges.share(points(df, PROSPECTS), kind) >= least
 
 
@@ -164,31 +164,31 @@ BOTH = (STAR_BOOKS, STAR_PYTHON)
 CLAIMS = (
     Claim(
         "onset",
-        "told before training, nothing fitted: every onset edge, within a factor of 2",
-        *(told_right("onset", 1.0), *BOTH),
+        "predicted beforehand, nothing fitted: every onset edge, within a factor of 2",
+        *(right_share("onset", 1.0), *BOTH),
     ),
     Claim(
         "step",
-        "told before training, nothing fitted: every step of half the logit spread, within 10 %",
-        *(told_right("half_step", 1.0), *BOTH),
+        "predicted beforehand, nothing fitted: every step of half the logit spread, within 10 %",
+        *(right_share("half_step", 1.0), *BOTH),
     ),
     Claim(
         "verdict",
-        "told before training: four of five verdicts away from the told outcome edge, or more",
-        *(told_right("verdict", 0.8), *BOTH),
+        "predicted beforehand: four of five verdicts, or more, away from the predicted edge",
+        *(right_share("verdict", 0.8), *BOTH),
     ),
     Claim(
         "outcome",
-        "told before training, nothing fitted: two of three outcome edges within a factor of 2",
-        *(told_right("outcome", 2 / 3), STAR_BOOKS),
+        "predicted beforehand, nothing fitted: two of three outcome edges, within a factor of 2",
+        *(right_share("outcome", 2 / 3), STAR_BOOKS),
     ),
 )
 
 
 def show(df, exhibits) -> None:
     for title, among in (("Star", STAR), ("Prospective test", PROSPECTS)):
-        if found := points(df, among):
-            exhibits.grid(title, *edges.table(found))
+        if pairs := points(df, among):
+            exhibits.grid(title, *edges.table(pairs))
 
 
 if __name__ == "__main__":

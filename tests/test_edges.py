@@ -76,7 +76,7 @@ def test_every_point_has_arms_and_the_names_say_point_and_decay():
 
 def test_the_committed_rows_give_the_edges_of_their_points():
     df = rows.frame(rows.read("critical_decay"))
-    found = edges.measured(df, "centre")
+    found = edges.measure(df, "centre")
     assert found["onset"] < found["blind"] and found["outcome"] < found["blind"]
     losses = [at["loss"] for at in found["decays"].values()]
     assert losses == sorted(losses) and metrics.HELD_OUT_LOSS in df

@@ -10,11 +10,9 @@ import numpy as np
 import pandas as pd
 
 from bitnet_jax import data, forecast, metrics, program
-from bitnet_jax.forecast import crossing
+from bitnet_jax.forecast import HALF, crossing
 from experiments.lab import arms, stats
 
-HALF = 0.5  # of the first logit spread, and of the seeds
-ALIVE = 0.1  # share of the mean initial norm that a row of the output matrix has while it is alive
 # What counts as right. Edges: a factor; step of half the spread: a share; loss: nats.
 EDGE_FACTOR, STEP_SHARE, LOSS_NATS = 2.0, 0.1, 0.3
 EDGES, KINDS = ("onset", "outcome", "blind"), ("half_step", "loss", "verdict")
@@ -46,18 +44,18 @@ def blind(decays, loss_SN, unigram: float, uniform: float) -> float | None:
     return crossing(decays, mean_N, middle) if mean_N[0] < middle else 0.0
 
 
-def right_edge(told: float | None, found: float | None, decays) -> bool | None:
-    """Whether a told edge is within EDGE_FACTOR of a measured one.
+def right_edge(predicted: float | None, measured: float | None, decays) -> bool | None:
+    """Whether a predicted edge is within EDGE_FACTOR of a measured one.
 
-    Where the measured one lies beyond the `decays` that were run, so must the told one, up to the
-    factor; that it does says little, and gives None.
+    Where the measured one lies beyond the `decays` that were run, so must the predicted one, up to
+    the factor; that it does says little, and gives None.
     """
-    told = math.inf if told is None else told
-    if found is None:
-        return False if told < max(decays) / EDGE_FACTOR else None
-    if found == 0:
-        return False if told > min(decays) * EDGE_FACTOR else None
-    return found / EDGE_FACTOR <= told <= found * EDGE_FACTOR
+    predicted = math.inf if predicted is None else predicted
+    if measured is None:
+        return False if predicted < max(decays) / EDGE_FACTOR else None
+    if measured == 0:
+        return False if predicted > min(decays) * EDGE_FACTOR else None
+    return measured / EDGE_FACTOR <= predicted <= measured * EDGE_FACTOR
 
 
 def split(arm: str) -> tuple[str, float]:
@@ -66,29 +64,29 @@ def split(arm: str) -> tuple[str, float]:
     return point, float(decay)
 
 
-def predicted(request: arms.Request, group: list[arms.Arm]) -> dict:
-    """What `forecast` tells of the arms of one point, JSON values: edges, and by decay the rest."""
+def predict(request: arms.Request, group: list[arms.Arm]) -> dict:
+    """What `forecast` says of the arms of one point, JSON values: edges, and by decay the rest."""
     made = [arms.replicates(request, arm, 1) for arm in group]
-    cfg, numbers = made[-1][0], made[-1][1][0].hyper
+    cfg, hyper = made[-1][0], made[-1][1][0].hyper
     tokens = data.load(cfg.data)
     cfg = program.resolve_vocab(cfg, tokens.tokenizer.vocab_size)
     text = forecast.frequencies(tokens.train_N, cfg.model.vocab_size)
-    setting, _ = forecast.of_run(cfg, numbers, *text)
+    setting, _ = forecast.of_run(cfg, hyper, *text)
     decays = [split(arm.name)[1] for arm in group]
-    tells = forecast.forecasts(setting, decays)
-    found = {name: short(getattr(tells[0], name)) for name in EDGES}
-    found["decays"] = {
+    outlooks = forecast.forecasts(setting, decays)
+    numbers = {name: short(getattr(outlooks[0], name)) for name in EDGES}
+    numbers["decays"] = {
         f"{decay:g}": {
-            "half_step": short(told.half_step),
-            "loss": short(told.loss),
-            "expected": forecast.expected(told),
+            "half_step": short(outlook.half_step),
+            "loss": short(outlook.loss),
+            "expected": forecast.expected(outlook),
         }
-        for decay, told in zip(decays, tells, strict=True)
+        for decay, outlook in zip(decays, outlooks, strict=True)
     }
-    return found
+    return numbers
 
 
-def measured(df: pd.DataFrame, point: str) -> dict:
+def measure(df: pd.DataFrame, point: str) -> dict:
     """The same of the rows of one point."""
     rows = df[[split(arm)[0] == point and split(arm)[1] > 0 for arm in df["arm"]]]
     rows = rows.assign(decay=[split(arm)[1] for arm in rows["arm"]], learned=stats.learned(rows))
@@ -100,14 +98,14 @@ def measured(df: pd.DataFrame, point: str) -> dict:
     )
     held_out = rows["references"].iloc[0]["held_out"]["unigram"]["loss"]
     losses = table[metrics.HELD_OUT_LOSS]
-    found = {
+    numbers = {
         "onset": onset(losses.columns, table["least_spread"]),
         "outcome": outcome(losses.columns, table["learned"].astype(float)),
         "blind": blind(losses.columns, losses, held_out, rows["uniform"].iloc[0]),
         "unigram": held_out,
     }
     halves = rows.groupby("decay")["half_step"].median()
-    found["decays"] = {
+    numbers["decays"] = {
         f"{decay:g}": {
             "half_step": None if math.isnan(halves[decay]) else float(halves[decay]),
             "loss": float(losses[decay].mean()),
@@ -115,48 +113,48 @@ def measured(df: pd.DataFrame, point: str) -> dict:
         }
         for decay in losses.columns
     }
-    return {k: v if k == "decays" else short(v) for k, v in found.items()}
+    return {k: v if k == "decays" else short(v) for k, v in numbers.items()}
 
 
 def short(x: float | None) -> float | None:
     return None if x is None else float(f"{x:.4g}")
 
 
-def points(df: pd.DataFrame, among, told: dict) -> dict[str, tuple[dict, dict]]:
-    """What is told and what was measured of the points that have both."""
+def points(df: pd.DataFrame, among, predicted: dict) -> dict[str, tuple[dict, dict]]:
+    """What is predicted and what was measured of the points that have both."""
     have = {split(arm)[0] for arm in df["arm"]}
-    return {p: (told[p], measured(df, p)) for p in among if p in have and p in told}
+    return {p: (predicted[p], measure(df, p)) for p in among if p in have and p in predicted}
 
 
 def share(points: dict[str, tuple[dict, dict]], kind: str) -> float:
-    """Share of what is told of a kind that is right; raises NotEnough for fewer than 3 cases."""
+    """Share of a kind's predictions that are right; raises NotEnough for fewer than 3 cases."""
     marks = [mark for pair in points.values() for mark in judged(*pair)[kind]]
     if len(marks) < 3:
         raise stats.NotEnough(f"{len(marks)} cases")
     return sum(marks) / len(marks)
 
 
-def judged(told: dict, found: dict) -> dict[str, list[bool]]:
-    """What is told of a point against what was measured, by kind: right or wrong, one by one.
+def judged(predicted: dict, measured: dict) -> dict[str, list[bool]]:
+    """A point's predictions against what was measured, by kind: right or wrong, one by one.
 
     A step of half the spread is compared where both halve it; a loss where the measured one is
-    above the unigram's; a verdict everywhere but at the told edge.
+    above the unigram's; a verdict everywhere but at the predicted edge.
     """
     marks: dict[str, list[bool]] = {name: [] for name in (*EDGES, *KINDS)}
     for name in EDGES:
-        right = right_edge(told[name], found[name], list(map(float, found["decays"])))
+        right = right_edge(predicted[name], measured[name], list(map(float, measured["decays"])))
         marks[name] += [] if right is None else [right]
-    for decay, was in found["decays"].items():
-        tells = told["decays"].get(decay)
-        if tells is None:
+    for decay, was in measured["decays"].items():
+        outlook = predicted["decays"].get(decay)
+        if outlook is None:
             continue
-        if tells["half_step"] and was["half_step"]:
-            off = abs(was["half_step"] / tells["half_step"] - 1)
+        if outlook["half_step"] and was["half_step"]:
+            off = abs(was["half_step"] / outlook["half_step"] - 1)
             marks["half_step"].append(off <= STEP_SHARE)
-        if was["loss"] > found["unigram"]:
-            marks["loss"].append(abs(was["loss"] - tells["loss"]) <= LOSS_NATS)
-        if tells["expected"] != forecast.EDGE:
-            lost = tells["expected"] == forecast.COLLAPSE
+        if was["loss"] > measured["unigram"]:
+            marks["loss"].append(abs(was["loss"] - outlook["loss"]) <= LOSS_NATS)
+        if outlook["expected"] != forecast.EDGE:
+            lost = outlook["expected"] == forecast.COLLAPSE
             marks["verdict"].append(lost == (was["learned"] < HALF))
     return marks
 
@@ -165,13 +163,17 @@ def table(points: dict[str, tuple[dict, dict]]) -> tuple[list[str], list[list[st
     """Heads and lines: a line per point, and what is right in all."""
     kinds, lines = (*EDGES, *KINDS), []
     in_all: dict[str, list[bool]] = {name: [] for name in kinds}
-    for point, (told, found) in points.items():
-        marks = judged(told, found)
+    for point, (predicted, measured) in points.items():
+        marks = judged(predicted, measured)
         for name in kinds:
             in_all[name] += marks[name]
-        shown = [f"{_cell(told[x])} / {_cell(found[x])}{_mark(marks[x])}" for x in EDGES]
+        shown = [f"{_cell(predicted[x])} / {_cell(measured[x])}{_mark(marks[x])}" for x in EDGES]
         lines.append([point, *shown, *(_count(marks[x]) for x in KINDS)])
-    heads = ["point", *(f"{x}: told / measured" for x in EDGES), *(f"{x}: right" for x in KINDS)]
+    heads = [
+        "point",
+        *(f"{x}: predicted / measured" for x in EDGES),
+        *(f"{x}: right" for x in KINDS),
+    ]
     return heads, [*lines, ["right", *(_count(in_all[x]) for x in kinds)]]
 
 

@@ -10,8 +10,8 @@ import time
 import jax
 import numpy as np
 
-from bitnet_jax import config_file, log, metrics, program, run, train
-from experiments.lab import edges, finished, rows
+from bitnet_jax import config_file, forecast, log, metrics, program, run, shrink, train
+from experiments.lab import finished, rows
 from experiments.lab.arms import Group
 
 CURVE_KEYS = (metrics.LOSS, metrics.LOGIT_STD, metrics.GRAD_NORM)
@@ -34,7 +34,7 @@ def train_rows(group: Group, preset: str) -> list[dict]:
             evals.append(jax.device_get(trained) | jax.device_get(evaluated))
             steps.append(end)
         large = jax.device_get(made.evaluate_large(state))
-    alive_RV = output_norms(state) > edges.ALIVE * first_RV.mean(axis=1, keepdims=True)
+    alive_RV = output_norms(state) > shrink.ALIVE * first_RV.mean(axis=1, keepdims=True)
     seconds = (time.monotonic() - began) / len(group.replicates)
     about = _about(made, group, preset, seconds)
     unigram_V = np.asarray(made.evals.unigram_V)
@@ -74,11 +74,7 @@ def spread(steps: list[int], evals: list[dict], i: int, boundary: int) -> dict:
     """Least share of the first logit spread in stage 1, and the step at which it is halved."""
     std = np.array([row[metrics.LOGIT_STD][i] for row in evals], float)
     ratio = std / std[0]
-    below = np.flatnonzero(ratio <= edges.HALF)
-    step = None
-    if len(below):
-        j = below[0]
-        step = np.interp(-edges.HALF, -ratio[j - 1 : j + 1], np.array(steps[j - 1 : j + 1], float))
+    step = forecast.halved(np.array(steps), ratio)
     stage_1 = ratio[np.array(steps) <= boundary]
     return {
         "least_spread": _short(stage_1.min()),
