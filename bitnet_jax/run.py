@@ -107,10 +107,11 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
             sealed = described | {"metrics": log.seal(workdir / "metrics.jsonl")}
             checkpoint.save(manager, step, state, sealed)
 
-        write_config(program, described, workdir)
-        for text in warnings:
-            print(f"warning: {text}")
-        state, step = _loop(program, state, start, recorder, save, stop_when_collapsed)
+        with _signals() as received:  # from the first file on, a signal saves
+            write_config(program, described, workdir)
+            for text in warnings:
+                print(f"warning: {text}")
+            state, step = _loop(program, state, start, recorder, save, received, stop_when_collapsed)
         try:
             decoded = continuations(program, state)
             summary = {
@@ -132,10 +133,10 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
     return summary
 
 
-def _loop(program, state, start: int, recorder, save, stop_when_collapsed) -> tuple:
+def _loop(program, state, start: int, recorder, save, received, stop_when_collapsed) -> tuple:
     """Train chunk by chunk, save, and stop early where that is asked for: last state and step."""
     run, compiling = program.cfg.run, recorder.progress.compiling
-    with _signals() as received, ThreadPoolExecutor(max_workers=1) as prefetch:
+    with ThreadPoolExecutor(max_workers=1) as prefetch:
         if not recorder.resumed:
             with compiling("the evaluation"):
                 evaluated = hosts.fetch(program.evaluate(state))

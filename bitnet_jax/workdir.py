@@ -41,27 +41,29 @@ def occupied(workdir: Path, resume: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(workdir: Path, resume: bool) -> Iterator[None]:
-    created = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    created, lock = [path for path in (workdir, *workdir.parents) if not path.exists()], None
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = _lock(workdir)
-    except OSError as error:
-        raise UserError(f"{workdir}: cannot be used as workdir: {error.strerror}") from error
-    try:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = _lock(workdir)
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be used as workdir: {error.strerror}") from error
         if not resume and any(path.name != LOCK for path in workdir.iterdir()):
             raise UserError(
                 f"{workdir}: not empty; add --resume to go on, or give another --workdir"
             )
         yield
     finally:
-        if created and not (workdir / "config.json").exists():
-            shutil.rmtree(workdir)
-            with contextlib.suppress(OSError):  # others may have put something there
-                for folder in created[1:]:
+        if lock is not None:
+            if created and not (workdir / "config.json").exists():
+                shutil.rmtree(workdir)
+            else:
+                (workdir / LOCK).unlink()
+            os.close(lock)
+        with contextlib.suppress(OSError):  # it has begun, or others have put something there
+            for folder in created:
+                if folder.exists():
                     folder.rmdir()
-        else:
-            (workdir / LOCK).unlink()
-        os.close(lock)
 
 
 def _lock(workdir: Path) -> int:

@@ -2,10 +2,11 @@
 
 One process measures in turns: the chunk of 20 steps that training dispatches, the small evaluation
 at its end, the large block, the host's work for an evaluation, the whole loop, the same steps with
-a dispatch each, two replicates at once, and, where torch is installed, transformers' BitNet from
-the same weights on the same batches, in layout b158 and the precision of the preset: float32, or
-bfloat16 under autocast (`--compiled`: also through torch.compile). Everything trains recipe
-`published`; steps and evaluations of the preset only say what a whole run spends on what.
+a dispatch each, the chunk by fake-quantised products, two replicates at once, and, where torch is
+installed, transformers' BitNet from the same weights on the same batches, in layout b158 and the
+precision of the preset: float32, or bfloat16 under autocast (`--compiled`: also through
+torch.compile). Everything trains recipe `published`; steps and evaluations of the preset only say
+what a whole run spends on what.
 
 Prints a table, and the shares of a run; appends a row per measurement to
 experiments/results/bench_train.jsonl. Beside a step stand its bound (bench_bounds.py), the share of
@@ -31,7 +32,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax import data, presets, run
+from bitnet_jax import data, presets, products, run
 from bitnet_jax import program as programs
 from bitnet_jax.cli import flags
 from bitnet_jax.config import Config, RunConfig
@@ -51,11 +52,13 @@ LABELS = {
     "host": "rows, verdict and log of an evaluation",
     "host_code": "a step of the whole loop; share of host code",
     "single_steps": "a step, one dispatch each; ratio to chunks without evaluation",
+    "plain_products": "a step by fake-quantised products; ratio to what is used",
     "two_replicates": "a step of one of two replicates; ratio to one alone",
     "torch": "a step of transformers on torch; ratio to ours without evaluation",
     "torch_compiled": "the same through torch.compile",
 }
-STEP_ROWS = ("train_chunk", "host_code", "single_steps", "two_replicates", *bench_peer.MOVES)
+STEP_ROWS = ("train_chunk", "host_code", "single_steps", "plain_products", "two_replicates")
+STEP_ROWS += bench_peer.MOVES
 
 
 # What fits
@@ -100,6 +103,7 @@ def measure_ours(one: Trainer, two: Trainer, most: int, rows: bench.Rows, planne
     share = 1 - taken["alone"] / taken["loop"]
     add(rows, "host_code", taken["loop"] / (K * LOOP_CHUNKS), **spread("share", share))
     add(rows, "single_steps", taken["singles"] / K, **spread("ratio", taken["singles"] / steps))
+    add(rows, "plain_products", taken["plain"] / K, **spread("ratio", taken["plain"] / chunk))
     ratio = spread("ratio", taken["two"] / (2 * chunk))
     add(rows, "two_replicates", taken["two"] / (2 * K), R=2, **ratio, **two.costs)
 
@@ -118,6 +122,8 @@ def cost_of_a_step(one: Trainer, taken: dict, seconds: np.ndarray, n_params: int
 def take_turns(one: Trainer, two: Trainer, most: int) -> dict[str, np.ndarray]:
     """Seconds of everything that is ours, round by round."""
     single_steps = make_single_steps(one.program)
+    seams = replace(one.program.seams, products=products.PLAIN)
+    plain = one if seams == one.program.seams else start(replace(one.program, seams=seams))
 
     def singles():
         leaves, tree = jax.tree.flatten(one.batches(1)[0])
@@ -135,6 +141,7 @@ def take_turns(one: Trainer, two: Trainer, most: int) -> dict[str, np.ndarray]:
             "evaluation": one.evaluation,
             "large": one.large_block,
             "singles": singles,
+            "plain": lambda: plain.chunks(1),
             "two": lambda: two.chunks(1),
             "alone": lambda: one.chunks(LOOP_CHUNKS),
             "loop": lambda: one.loop(LOOP_CHUNKS, recorders[0]),

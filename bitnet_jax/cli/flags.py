@@ -81,23 +81,26 @@ def _raise_on_signals() -> None:
     """SIGINT and SIGTERM raise Stopped; the second one kills.
 
     Not inside an import, which extension modules do not survive: there it waits. Python drops what
-    is raised inside a destructor or a callback: there the process ends at once.
+    is raised inside a destructor or a callback: after those it is raised again.
     """
 
     def stop(signum, frame):
         _on_signals(signal.SIG_DFL)
         while frame:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
-                signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
-                signal.setitimer(signal.ITIMER_REAL, 0.05)
-                return
+                return soon(signum)
             frame = frame.f_back
         raise Stopped(signum)
 
+    def soon(signum):
+        signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+
     def unraisable(event, tell=sys.unraisablehook):
         if isinstance(event.exc_value, Stopped):
-            os._exit(fail("stopped", event.exc_value.exit_status))
-        tell(event)
+            soon(event.exc_value.signum)
+        else:
+            tell(event)
 
     sys.unraisablehook = unraisable
     _on_signals(stop)
