@@ -26,6 +26,7 @@ from typing import BinaryIO, TypeVar
 
 import filelock
 
+from bitnet_jax import stopping
 from bitnet_jax.config import UserError
 
 BLOCK_BYTES = 1 << 22  # a checksum is taken of blocks of this size, in parallel
@@ -96,12 +97,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        try:
+        with stopping.undone(lambda: draft.unlink(missing_ok=True)):
             with open(os.open(draft, flags, 0o666), "w+b") as file:
                 yield file
             os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
     except OSError as error:
         raise _unusable(path, error) from error
 

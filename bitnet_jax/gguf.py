@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from bitnet_jax import quant
+from bitnet_jax import quant, stopping
 from bitnet_jax.config import Config, Hyper, ModelConfig, UserError, check_known, shown
 from bitnet_jax.hf_weights import fault, is_matrix
 from bitnet_jax.tokenizer import Tokenizer
@@ -304,10 +304,8 @@ def _appearing(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: no folder {path.parent}; make it, or give a file elsewhere")
     draft = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     try:
-        try:
+        with stopping.undone(lambda: draft.unlink(missing_ok=True)):
             yield draft
             os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

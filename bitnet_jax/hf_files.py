@@ -17,6 +17,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import safetensors
 
+from bitnet_jax import stopping
 from bitnet_jax.config import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -135,23 +136,24 @@ def appearing(folder: Path) -> Iterator[Path]:
     """
     place = folder.absolute()
     draft = place.with_name(f".{place.name[:50]}.{secrets.token_hex(8)}.tmp")
-    made, complete = [], False
+    made = []
+
+    def undo():
+        shutil.rmtree(draft, ignore_errors=True)
+        for path in made:
+            with contextlib.suppress(OSError):  # it was not made, or it is in use
+                path.rmdir()
+
     try:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{folder}: exists and is not empty; give a new folder")
-        made = [path for path in place.parents if not path.exists()]
-        draft.mkdir(parents=True)
-        yield draft
-        os.replace(draft, place)
-        complete = True
+        made += [path for path in place.parents if not path.exists()]
+        with stopping.undone(undo):
+            draft.mkdir(parents=True)
+            yield draft
+            os.replace(draft, place)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written: {error}") from error
-    finally:
-        if not complete:
-            shutil.rmtree(draft, ignore_errors=True)
-            for path in made:
-                with contextlib.suppress(OSError):  # it was not made, or somebody else uses it
-                    path.rmdir()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from bitnet_jax import (
     log,
     page,
     restore,
+    stopping,
 )
 from bitnet_jax.config import Config, Replicate, UserError
 from bitnet_jax.program import Program, build
@@ -107,29 +107,38 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
             sealed = described | {"metrics": log.seal(workdir / "metrics.jsonl")}
             checkpoint.save(manager, step, state, sealed)
 
-        with _signals() as received:  # from the first file on, a signal saves
+        with stopping.collected() as received:  # from the first file on, a signal saves
             write_config(program, described, workdir)
             for text in warnings:
                 print(f"warning: {text}")
-            state, step = _loop(program, state, start, recorder, save, received, stop_when_collapsed)
+            state, step = _loop(
+                program, state, start, recorder, save, received, stop_when_collapsed
+            )
         try:
-            decoded = continuations(program, state)
-            summary = {
-                "step": step,
-                "finished": step == run.steps or recorder.all_failed,
-                "resumed_from": start,
-                "wall_seconds": round(time.monotonic() - began, 1),
-                "tokens_per_second": round(recorder.progress.tokens_per_second, 1),
-                "metrics": log.seal(workdir / "metrics.jsonl"),
-                "replicates": [a | b for a, b in zip(recorder.outcomes(), decoded, strict=True)],
-            }
-            if hosts.is_first():
-                log.write_sealed(workdir / "summary.json", summary)
-                page.write_page(workdir)
-            hosts.wait("the page is written")
+            with stopping.raised():
+                summary = _finish(program, state, start, step, recorder, workdir, began)
         except KeyboardInterrupt as stop:
             text = f"stopped after step {step}, before the page was written, and saved"
             raise Interrupted(text, getattr(stop, "signum", signal.SIGINT)) from None
+    return summary
+
+
+def _finish(program, state, start: int, step: int, recorder, workdir: Path, began: float) -> dict:
+    """Write summary.json, which is returned, and the page."""
+    decoded = continuations(program, state)
+    summary = {
+        "step": step,
+        "finished": step == program.cfg.run.steps or recorder.all_failed,
+        "resumed_from": start,
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "tokens_per_second": round(recorder.progress.tokens_per_second, 1),
+        "metrics": log.seal(workdir / "metrics.jsonl"),
+        "replicates": [a | b for a, b in zip(recorder.outcomes(), decoded, strict=True)],
+    }
+    if hosts.is_first():
+        log.write_sealed(workdir / "summary.json", summary)
+        page.write_page(workdir)
+    hosts.wait("the page is written")
     return summary
 
 
@@ -179,26 +188,6 @@ def next_end(run: config.RunConfig, step: int) -> int:
 def is_save_step(run: config.RunConfig, step: int) -> bool:
     at = (run.boundary, run.steps)
     return step in at or step % run.save_every == 0 or step % run.checkpoint_every == 0
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying; the second one kills."""
-    received: list[int] = []
-    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(signum, frame):
-        received.append(signum)
-        for known in previous:
-            signal.signal(known, signal.SIG_DFL)
-
-    try:
-        for signum in previous:
-            signal.signal(signum, note)
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def continuations(program: Program, state: TrainState) -> list[dict]:

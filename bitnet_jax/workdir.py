@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from bitnet_jax import config, config_file, hosts, log, optim
+from bitnet_jax import config, config_file, hosts, log, optim, stopping
 from bitnet_jax.config import UserError
 from bitnet_jax.program import Program
 
@@ -41,11 +41,23 @@ def occupied(workdir: Path, resume: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(workdir: Path, resume: bool) -> Iterator[None]:
-    created, lock = [path for path in (workdir, *workdir.parents) if not path.exists()], None
-    try:
+    created, locks = [path for path in (workdir, *workdir.parents) if not path.exists()], []
+
+    def release():
+        if locks and created and not (workdir / "config.json").exists():
+            shutil.rmtree(workdir, ignore_errors=True)
+        elif locks:
+            (workdir / LOCK).unlink(missing_ok=True)
+        while locks:
+            os.close(locks.pop())
+        for folder in created:
+            with contextlib.suppress(OSError):  # it was not made, it has begun, or is in use
+                folder.rmdir()
+
+    with stopping.undone(release):
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            lock = _lock(workdir)
+            locks.append(_lock(workdir))
         except OSError as error:
             raise UserError(f"{workdir}: cannot be used as workdir: {error.strerror}") from error
         if not resume and any(path.name != LOCK for path in workdir.iterdir()):
@@ -53,17 +65,6 @@ def _held(workdir: Path, resume: bool) -> Iterator[None]:
                 f"{workdir}: not empty; add --resume to go on, or give another --workdir"
             )
         yield
-    finally:
-        if lock is not None:
-            if created and not (workdir / "config.json").exists():
-                shutil.rmtree(workdir)
-            else:
-                (workdir / LOCK).unlink()
-            os.close(lock)
-        with contextlib.suppress(OSError):  # it has begun, or others have put something there
-            for folder in created:
-                if folder.exists():
-                    folder.rmdir()
 
 
 def _lock(workdir: Path) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -59,7 +58,6 @@ def bitnet(monkeypatch, capfd):
     """Call `bitnet ARGUMENTS` in this process; returns status and both outputs."""
     monkeypatch.setenv("XLA_FLAGS", flags.DETERMINISTIC)  # prepare() would leave it behind
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "none")  # and set its own
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def bitnet(*arguments):

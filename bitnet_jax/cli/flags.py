@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitnet_jax import stopping
+
 if TYPE_CHECKING:
     from bitnet_jax.config import Config, Replicate
 
@@ -28,22 +30,13 @@ MOST_SEEDS = 1000
 # How a process ends
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM where nothing has to be saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(signum)
-        self.signum, self.exit_status = signum, 128 + signum
-
-
 def guard(command: Callable[[], int | None]) -> None:
     """Call a command and exit with its status (none: 0); mistakes and signals become one line.
 
-    An exception ends with its `exit_status` where it has one, and with a traceback otherwise. Until
-    the command calls `prepare`, a signal ends the process at once.
+    An exception ends with its `exit_status` where it has one, and with a traceback otherwise.
     """
     try:
-        _on_signals(lambda signum, frame: os._exit(fail("stopped", 128 + signum)))
+        stopping.exit_on_signals(lambda signum: fail("stopped", 128 + signum))
         for stream in (sys.stdout, sys.stderr):  # a terminal of ASCII shows all text somehow
             stream.reconfigure(errors="backslashreplace")
         status = command() or 0
@@ -51,16 +44,13 @@ def guard(command: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
-    except Stopped as stop:
-        # At once: threads that still compile do not survive the end of the interpreter.
-        os._exit(fail("stopped", stop.exit_status))
     except Exception as error:
         if (status := getattr(error, "exit_status", None)) is None:
             raise
         kind = {1: "failed: ", 2: "error: "}.get(status, "")
         fail(f"{kind}{error}", status)
     finally:
-        _on_signals(signal.SIG_DFL)
+        stopping.default()
     sys.exit(status)
 
 
@@ -72,45 +62,10 @@ def fail(text: str, status: int) -> int:
     return status
 
 
-def _on_signals(handler) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handler)
-
-
-def _raise_on_signals() -> None:
-    """SIGINT and SIGTERM raise Stopped; the second one kills.
-
-    Not inside an import, which extension modules do not survive: there it waits. Python drops what
-    is raised inside a destructor or a callback: after those it is raised again.
-    """
-
-    def stop(signum, frame):
-        _on_signals(signal.SIG_DFL)
-        while frame:
-            if frame.f_code.co_filename.startswith("<frozen importlib"):
-                return soon(signum)
-            frame = frame.f_back
-        raise Stopped(signum)
-
-    def soon(signum):
-        signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-
-    def unraisable(event, tell=sys.unraisablehook):
-        if isinstance(event.exc_value, Stopped):
-            soon(event.exc_value.signum)
-        else:
-            tell(event)
-
-    sys.unraisablehook = unraisable
-    _on_signals(stop)
-
-
 def prepare() -> None:
     """Set up the libraries, after imports and before the first array; what the user has set stays.
 
-    From here on a signal raises, so that what was begun is tidied up or saved. Compiled programs
-    are kept between processes: the second start of a program compiles nothing.
+    Compiled programs are kept between processes: the second start of a program compiles nothing.
     """
     import absl.logging
     import jax
@@ -132,7 +87,6 @@ def prepare() -> None:
         jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
     hosts.initialize()
-    _raise_on_signals()
 
 
 # Arguments
