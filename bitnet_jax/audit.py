@@ -125,13 +125,10 @@ def context(s: Subject) -> dict:
 def causality(s: Subject) -> dict:
     """`future_leak`: largest change of the logits before a place when all tokens from it on change,
     over the spread of the logits: 0 in a causal model."""
-    inputs_BL, vocab = s.held_out.inputs[:8], s.program.cfg.model.vocab_size
-    place = inputs_BL.shape[-1] // 2
-    later = jnp.arange(inputs_BL.shape[-1]) >= place
-    changed_BL = jnp.where(later, (inputs_BL + 1) % vocab, inputs_BL)
+    inputs_BL = s.held_out.inputs[:8]
+    changed_BL, place = collapse.later_changed(inputs_BL, s.program.cfg.model.vocab_size)
     before, after = (s.logits(x)[:, :place] for x in (inputs_BL, changed_BL))
-    spread = max(float(jnp.mean(jnp.std(before, axis=-1))), 1e-30)
-    return {"future_leak": float(jnp.max(jnp.abs(after - before))) / spread}
+    return {"future_leak": float(collapse.future_leak(before, after))}
 
 
 def straight_through(s: Subject) -> dict:

@@ -195,6 +195,19 @@ def finalize_large(block: Stats) -> dict[str, jax.Array]:
     return numbers
 
 
+def later_changed(inputs: jax.Array, vocab: int) -> tuple[jax.Array, int]:
+    """Inputs [..., L] whose second half is made of other tokens, and the length of the first."""
+    length = inputs.shape[-1]
+    later = jnp.arange(length) >= length // 2
+    return jnp.where(later, (inputs + 1) % vocab, inputs), length // 2
+
+
+def future_leak(before: jax.Array, after: jax.Array) -> jax.Array:
+    """Largest change of logits [..., B, L, V] over their mean spread over V, [...]."""
+    change = jnp.max(jnp.abs(after - before), axis=(-3, -2, -1))
+    return change / jnp.maximum(jnp.mean(jnp.std(before, axis=-1), axis=(-2, -1)), 1e-30)
+
+
 def _log_mean_q(sums: Stats) -> jax.Array:
     return jnp.log(jnp.maximum(sums.probs / sums.positions[:, None], 1e-30))
 

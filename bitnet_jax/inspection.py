@@ -203,6 +203,7 @@ def predictions(s: Subject) -> dict:
         "positions": int(np.sum(s.program.evals.large.weights)),
         "learned": bool(signatures.learned(measured)),
         "loss": measured["loss"],
+        "future_leak": audit.causality(s)["future_leak"],
         "minus_unigram": measured["minus_unigram"],
         "minus_unigram_se": measured["minus_unigram_se"],
         "mutual_information": measured["mutual_information"],
@@ -243,6 +244,9 @@ def observations(found: dict) -> list[str]:
     seen = [f"{fault} in {_some(names, w['matrices'])}" for fault, names in w["faults"].items()]
     if p is None:
         return seen
+    if p["future_leak"] > verdict.LEAK:
+        leak = f"{p['future_leak']:.2g} of their spread"
+        seen.insert(0, f"later tokens move earlier logits by {leak}: the loss says nothing")
     if w["total"]["outside"] and w["quantisation_strength"] == 1:
         seen.append(f"{w['total']['outside']:,} values of the forward pass are no ternary code")
     top = p["most_predicted"][0]

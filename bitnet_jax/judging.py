@@ -48,7 +48,7 @@ class Judge:
         self.first: dict = {}
         self.rows: deque[dict] = deque(maxlen=PERSIST_BLIND)
         self.best_loss = self.best_kl = math.inf
-        self.drift = 0.0
+        self.drift = self.future_leak = 0.0
         self.gaps = self.widest_gap = 0
         self.progress_loss, self.progress_step = math.inf, 0  # when the loss fell by PROGRESS last
 
@@ -79,6 +79,7 @@ class Judge:
         self.first = self.first or row
         self.rows.append(row)
         self.row, self.above = row, above_unigram(row, self.references)
+        self.future_leak = row.get(metrics.FUTURE_LEAK, self.future_leak)
         self.late = row["sum_lr"] >= LATE if "sum_lr" in row else row["step"] >= LATE_STEPS
         self.learned = learned(row, self.references)
         self.stuck = self.late and not self.learned
@@ -128,6 +129,9 @@ def _evidence(judge: Judge, name: str) -> str:
         parts.append(f"mutual information {row[MI]:.3f}")
     if norm(row) < 1 + FROZEN_NORM:
         parts.append(f"{output(row)} norm {norm(row):.2g} of initial")
+    if name == "sees_later_tokens":
+        leak = f"{judge.future_leak:.2g} of their spread"
+        parts.insert(0, f"later tokens move earlier logits by {leak}")
     if name == "stalled":
         parts.append(f"no lower by {PROGRESS} since step {judge.progress_step:,.0f}")
     if name == "regression":

@@ -49,7 +49,7 @@ HELD_OUT_LOSS, HELD_OUT_LOSS_SE = "held_out/loss", "held_out/loss_se"
 MINUS_UNIGRAM, MINUS_UNIGRAM_SE = "held_out/minus_unigram", "held_out/minus_unigram_se"
 MINUS_BIGRAM, MINUS_BIGRAM_SE = "held_out/minus_bigram", "held_out/minus_bigram_se"
 HELD_OUT_MUTUAL_INFORMATION = "held_out/mutual_information"
-HELD_OUT_POSITIONS = "held_out/positions"
+HELD_OUT_POSITIONS, FUTURE_LEAK = "held_out/positions", "held_out/future_leak"
 TRAIN_LOSS, GRAD_NORM, LEARNING_RATE = "train/loss", "train/grad_norm", "train/lr"
 NORM_RATIO, UPDATE_SHARE = "decay/norm_ratio_", "decay/update_share_"
 UPDATE_COSINE = "decay/update_weight_cosine_"
@@ -102,6 +102,11 @@ _LIST = (
     Metric(
         *(HELD_OUT_POSITIONS, "positions", "positions", ",.0f", 0, None),
         "Scored positions of the large block.",
+    ),
+    Metric(
+        *(FUTURE_LEAK, "future leak", "logit spreads", ".2g", -1, None),
+        "How far changed later tokens move earlier logits: 0 in a causal model; above it, the loss "
+        "says nothing.",
     ),
     Metric(
         *(DISTINCT, "distinct", TOKENS, ".0f", 0, "distinct"),

@@ -188,7 +188,7 @@ MODEL = (
         IDENTITY,
         "look at the attention mask: position t may see x[0] to x[t] alone",
         ("future_leak",),
-        lambda m: m["future_leak"] > ROUNDING,
+        lambda m: m["future_leak"] > verdict.LEAK,
         lambda m: f"a changed token moves earlier logits by {m['future_leak']:.2g} of their spread",
         BLOCKED,
     ),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bitnet_jax import collapse, loss, optim, quant, sharding
+from bitnet_jax import collapse, loss, metrics, optim, quant, sharding
 from bitnet_jax.config import Config, Hyper
 from bitnet_jax.data import Batch, Windows
 from bitnet_jax.model import Transformer
@@ -284,8 +284,15 @@ def make_large_eval(cfg: Config, seams: Seams = STANDARD) -> Callable:
                 logits_RBLV, batch.targets, batch.weights, reference_nats_KBL=nats_KBL
             )
 
+        def leak():
+            inputs_BL = evals.large.inputs[0, :1]
+            changed_BL, place = collapse.later_changed(inputs_BL, cfg.model.vocab_size)
+            pairs = (forward(cfg, seams, state.params, now, x) for x in (inputs_BL, changed_BL))
+            return collapse.future_leak(*(logits_RBLV[..., :place, :] for logits_RBLV in pairs))
+
         blocks = (evals.large, evals.large_nats_NKBL)
-        return collapse.finalize_large(collapse.merge(jax.lax.map(stats, blocks)))
+        numbers = collapse.finalize_large(collapse.merge(jax.lax.map(stats, blocks)))
+        return numbers | {metrics.FUTURE_LEAK: leak()}
 
     return large_eval
 

@@ -173,6 +173,15 @@ def _nonfinite(judge):
     return not all(math.isfinite(judge.row.get(key, 0.0)) for key in (LOSS, ENTROPY))
 
 
+LEAK = 1e-3  # of the logits' spread; causal models: 0, masks that are missing: 0.2 and more
+
+
+@label(ALARM, "sees later tokens", "attention mask: position t may see x[0] to x[t] alone")
+def _sees_later_tokens(judge):
+    """A changed token moves logits before it, on the last large block: the loss says nothing."""
+    return judge.future_leak > LEAK
+
+
 DECAYED = 0.5  # share of the initial norm; healthy 0.99 and more, coupled decay 0.02 to 0.16
 
 

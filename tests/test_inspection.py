@@ -76,7 +76,8 @@ def test_inspection_of_an_unfinished_run(workdir, monkeypatch):
 def found_with(params, **predictions):
     """A finding of these parameters, beside predictions of a model that has learned."""
     sound = {"learned": True, "loss": 4.0, "minus_unigram": -1.0, "minus_unigram_se": 0.1}
-    sound |= {"mutual_information": 1.0, "most_predicted": [{"token": "a", "share_of_argmax": 0.6}]}
+    sound |= {"future_leak": 0.0, "mutual_information": 1.0}
+    sound |= {"most_predicted": [{"token": "a", "share_of_argmax": 0.6}]}
     weights = inspection.weights(params, 1.0)
     return {"weights": weights, "predictions": sound | predictions}
 
@@ -93,6 +94,8 @@ def test_the_worst_thing_comes_first():
     stuck = {"learned": False, "minus_unigram": 1.0}
     first, second = inspection.observations(found_with(planted(), **stuck))
     assert "'a'" in first and "60%" in first and "not learned" in second
+    leaking = inspection.observations(found_with(planted(), future_leak=0.2, **stuck))
+    assert "later tokens" in leaking[0] and leaking[1:] == [first, second]
     dead = planted()
     dead["block_0"]["attn"]["q"]["kernel"] *= 0
     assert "one code only" in inspection.observations(found_with(dead, **stuck))[0]

@@ -3,13 +3,26 @@
 import copy as copying
 import functools
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seam_faults
 
-from bitnet_jax import config, data, loss, optim, presets, products, sharding, train
+from bitnet_jax import (
+    config,
+    data,
+    loss,
+    metrics,
+    optim,
+    presets,
+    products,
+    sharding,
+    train,
+    verdict,
+)
 from bitnet_jax import program as programs
 
 STEPS, EVERY = 40, 5  # of a chunk
@@ -422,6 +435,19 @@ def test_evaluation_sees_the_validation_split_and_training_the_other(four):
     served = p.windows.cut(np.asarray(p.batches(0, 4)))
     rows = served.inputs.astype(dtype).reshape(-1, length)
     assert {bytes(row) for row in rows} <= trained_on
+
+
+def test_the_large_block_tells_a_model_that_sees_later_tokens(four):
+    p = four.program
+
+    def leak_R():
+        with jax.set_mesh(p.mesh):
+            large_eval = jax.jit(train.make_large_eval(p.cfg, p.seams))
+            return large_eval(four.init(), p.hyper, p.evals)[metrics.FUTURE_LEAK]
+
+    np.testing.assert_array_equal(leak_R(), 0)
+    with mock.patch.object(jax.nn, "dot_product_attention", seam_faults.attention_to_all):
+        assert all(leak_R() > verdict.LEAK)
 
 
 def first_step(setup):

@@ -355,6 +355,13 @@ def test_only_a_large_block_says_learned_in_a_run_that_has_them():
         assert judging.verdict([*history, last | large], references).name == name
 
 
+def test_a_leak_is_told_until_a_large_block_is_without_it():
+    history = [row(3.0, 3.0, mi=0.9) | {metrics.FUTURE_LEAK: leak} for leak in (0.0, 0.2)]
+    history += [row(3.0, 3.0, mi=0.9), row(3.0, 3.0, mi=0.9) | {metrics.FUTURE_LEAK: 0.0}]
+    told = [judge(history[: n + 1]).name for n in range(4)]
+    assert told == ["healthy", "sees_later_tokens", "sees_later_tokens", "healthy"]
+
+
 def test_ended_is_learned_at_the_last_step():
     below, above = row(6.5, 6.5, mi=0.3), row(7.5, 7.5, mi=0.3)
     assert verdict.ended([above, below], REFERENCES)
