@@ -3,8 +3,10 @@
 import dataclasses
 import importlib
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -366,6 +368,44 @@ def test_the_last_good_checkpoint_is_the_one_before_the_failure(capsys, monkeypa
     bad = ("coupled", 1, "nonfinite", {"loss": None, "unigram": 6.0}, failure)
     assert command_train.tell(request("--workdir", "runs/x"), summary(bad)) == 1
     assert "runs/x@5:0\n" in capsys.readouterr().err
+
+
+# Signals
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """Signals raise, as in a command after `prepare`, and are as before in the end."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    flags._raise_on_signals()
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+class Last:
+    """A signal arrives in its destructor, where Python drops what is raised."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_python_drops_is_raised_again(signals):
+    last = Last()
+    with pytest.raises(flags.Stopped) as caught:
+        del last
+        time.sleep(1)
+    assert caught.value.exit_status == 143
+
+
+def test_a_signal_that_comes_late_is_saved_by_who_saves(signals):
+    """It does not stop what has begun without a word of a checkpoint."""
+    last = Last()
+    del last
+    with run._signals() as received:
+        time.sleep(0.2)
+    assert received == [signal.SIGTERM]
 
 
 # Whole processes

@@ -81,7 +81,8 @@ def _raise_on_signals() -> None:
     """SIGINT and SIGTERM raise Stopped; the second one kills.
 
     Not inside an import, which extension modules do not survive: there it waits. Python drops what
-    is raised inside a destructor or a callback: after those it is raised again.
+    is raised inside a destructor or a callback: after those it is raised again. Who has taken over
+    the signals by then, because there is something to save, gets it.
     """
 
     def stop(signum, frame):
@@ -93,7 +94,11 @@ def _raise_on_signals() -> None:
         raise Stopped(signum)
 
     def soon(signum):
-        signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
+        def again(_, frame):
+            handler = signal.getsignal(signum)
+            (handler if callable(handler) else stop)(signum, frame)
+
+        signal.signal(signal.SIGALRM, again)
         signal.setitimer(signal.ITIMER_REAL, 0.05)
 
     def unraisable(event, tell=sys.unraisablehook):

@@ -166,12 +166,16 @@ def write(model, prompts: list[str], decoded, args: Namespace) -> None:
     print(printable(f"{model.label}: {how}"), file=sys.stderr, flush=True)
     if alone:
         print(printable(prompts[0]), end="", flush=True)
-    for new_BN in decoded:
-        times.append(time.perf_counter())
-        if alone:
-            text = finished_text(tokenizer, until_end(new_BN[0], tokenizer.ends))
-            print(printable(text[len(shown) :]), end="", flush=True)
-            shown = text
+    try:
+        for new_BN in decoded:
+            times.append(time.perf_counter())
+            if alone:
+                text = finished_text(tokenizer, until_end(new_BN[0], tokenizer.ends))
+                print(printable(text[len(shown) :]), end="", flush=True)
+                shown = text
+    except KeyboardInterrupt:
+        print(flush=True)  # that it was stopped stands on a line of its own
+        raise
     if len(times) > 1:  # the first chunk compiles
         rate = (len(times) - 1) * CHUNK * len(prompts) / (times[-1] - times[0])
         rate = f"{rate:.1f} tokens/s after the first {CHUNK}"
