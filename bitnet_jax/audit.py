@@ -1,9 +1,9 @@
 """Tests of one model: what its weights, its optimiser and its batches say about the code.
 
 Each test runs what training runs and gives flat numbers; its docstring says what they are. `_G`
-stands for a parameter group: matrix, embedding, head, norm, bias. A model without its optimiser or
-its start (a Hugging Face folder, an imported run) is examined by the other tests, and the ones left
-out are named. Losses, entropies and mutual information are in nats.
+stands for a parameter group: matrix, embedding, head, norm, bias. A model without a text, its
+optimiser or its start (a Hugging Face folder, an imported run) is examined by the other tests, and
+the ones left out are named. Losses, entropies and mutual information are in nats.
 """
 
 import functools
@@ -21,6 +21,7 @@ from bitnet_jax.loss import cross_entropy
 from bitnet_jax.subject import (
     OPTIMISER,
     START,
+    TEXT,
     WEIGHTS,
     Subject,
     codes_by_path,
@@ -29,7 +30,7 @@ from bitnet_jax.subject import (
     open_source,
 )
 
-TEXT_TOKENS, PIECE = 4_000_000, 32  # tokens read; of a piece of text
+TRAINING_TOKENS, PIECE = 4_000_000, 32  # tokens read; of a piece of text
 DEAD_ZEROS = 0.99  # share of zeros above which a matrix passes next to nothing on
 
 
@@ -156,12 +157,12 @@ def quantiser_gradients(quantize_weight: Callable) -> dict:
 
 
 def text(s: Subject) -> dict:
-    """Of the training text's first TEXT_TOKENS tokens: `repeated_text`, share of its pieces of
+    """Of the training text's first TRAINING_TOKENS tokens: `repeated_text`, share of its pieces of
     PIECE tokens, at all places, that occurred before; `repeated_documents`, share of its documents;
     `unused_vocabulary`, share of the vocabulary that does not occur in it, and `unused_mass`, the
     mean probability that the model gives to all of that."""
     tokens = s.program.tokens
-    tokens_N = np.asarray(tokens.train_N[:TEXT_TOKENS])
+    tokens_N = np.asarray(tokens.train_N[:TRAINING_TOKENS])
     unused_V = np.bincount(tokens_N, minlength=s.program.cfg.model.vocab_size) == 0
     mean_V = np.asarray(jnp.mean(jax.nn.softmax(s.logits_BLV), axis=(0, 1)), np.float64)
     documents = np.split(tokens_N, np.flatnonzero(tokens_N == tokens.tokenizer.end_of_text) + 1)
@@ -194,7 +195,7 @@ class Test:
     """A test, what it needs of a subject, and one line of what it measured."""
 
     name: str
-    needs: str
+    needs: tuple[str, ...]
     measure: Callable[[Subject], dict]
     line: Callable[[dict], str]
 
@@ -207,7 +208,7 @@ def _groups(m: dict, key: str, spec: str) -> str:
 TESTS = (
     Test(
         "codes",
-        WEIGHTS,
+        (WEIGHTS,),
         codes,
         lambda m: (
             f"zeros {m['zero_rate']:.1%}, most in one matrix {m['zero_rate_most']:.1%}, "
@@ -216,7 +217,7 @@ TESTS = (
     ),
     Test(
         "calibration",
-        WEIGHTS,
+        (TEXT,),
         predictions,
         lambda m: (
             f"loss {m['loss']:.3f}, entropy {m['entropy']:.3f}, unigram "
@@ -226,7 +227,7 @@ TESTS = (
     ),
     Test(
         "temperature",
-        WEIGHTS,
+        (TEXT,),
         temperature,
         lambda m: (
             f"best scale {m['scale']:.2g} gains {m['scale_gain']:.3f}, with "
@@ -235,7 +236,7 @@ TESTS = (
     ),
     Test(
         "context",
-        WEIGHTS,
+        (TEXT,),
         context,
         lambda m: (
             f"mutual information {m['mutual_information']:.3f}, tokens before the last one "
@@ -244,13 +245,13 @@ TESTS = (
     ),
     Test(
         "causality",
-        WEIGHTS,
+        (TEXT,),
         causality,
         lambda m: f"later tokens move earlier logits by {m['future_leak']:.2g} of their spread",
     ),
     Test(
         "straight-through",
-        WEIGHTS,
+        (WEIGHTS,),
         straight_through,
         lambda m: (
             f"off by {m['ste_weight']:.2g} (weights), {m['ste_activation']:.2g} (activations)"
@@ -258,7 +259,7 @@ TESTS = (
     ),
     Test(
         "text",
-        WEIGHTS,
+        (TEXT,),
         text,
         lambda m: (
             f"pieces that occurred before {m['repeated_text']:.1%}, documents "
@@ -268,7 +269,7 @@ TESTS = (
     ),
     Test(
         "schedule",
-        OPTIMISER,
+        (OPTIMISER,),
         updates.schedule,
         lambda m: (
             f"step {m['step']} of {m['steps']}, learning rates sum to {m['sum_lr']:.2g} of "
@@ -277,7 +278,7 @@ TESTS = (
     ),
     Test(
         "decay",
-        OPTIMISER,
+        (OPTIMISER,),
         updates.decay,
         lambda m: (
             f"left after {updates.AUDIT_STEPS} updates without gradients: "
@@ -286,7 +287,7 @@ TESTS = (
     ),
     Test(
         "updates",
-        OPTIMISER,
+        (TEXT, OPTIMISER),
         updates.updates,
         lambda m: (
             f"over weights: {_groups(m, 'update', '.2g')}; by decay: "
@@ -295,7 +296,7 @@ TESTS = (
     ),
     Test(
         "batches",
-        OPTIMISER,
+        (TEXT, OPTIMISER),
         updates.batches,
         lambda m: (
             f"windows served again {m['repeated']:.0%}, padding among scored targets "
@@ -304,7 +305,7 @@ TESTS = (
     ),
     Test(
         "labels",
-        OPTIMISER,
+        (TEXT, OPTIMISER),
         updates.labels,
         lambda m: (
             f"the loss is nearest to that of x[t + {m['offset']}] ({m['offset_error']:.2g} "
@@ -313,7 +314,7 @@ TESTS = (
     ),
     Test(
         "displacement",
-        START,
+        (TEXT, START),
         updates.displacement,
         lambda m: (
             f"{_groups(m, 'moved', '.2g')}; codes changed {m['codes_changed']:.1%}; logits "
@@ -322,7 +323,7 @@ TESTS = (
     ),
     Test(
         "one batch",
-        START,
+        (TEXT, START),
         updates.overfit,
         lambda m: f"loss {m['overfit_loss']:.2f} after {m['overfit_steps']} steps",
     ),
@@ -337,8 +338,8 @@ def measure(s: Subject) -> tuple[dict, dict[str, str]]:
         for test in TESTS:
             if measured.get("nonfinite"):
                 left_out[test.name] = "finite weights"
-            elif not s.has(test.needs):
-                left_out[test.name] = test.needs
+            elif missing := s.lacks(test.needs):
+                left_out[test.name] = missing
             else:
                 measured |= test.measure(s)
     return measured, left_out

@@ -3,12 +3,14 @@
 Scores: 1 is an identity that is violated outright, symptoms have 0.4 or less. Equal scores are
 ordered by how many other causes one explains, then as in `signatures`: data, loss, model,
 optimiser. What a listed cause explains is not listed itself. A number that is missing (its test was
-left out) leaves out the causes that need it.
+left out) leaves out the causes that need it; where nobody knows whether the model has learned, only
+identities are looked at.
 """
 
 from dataclasses import dataclass
 
-from bitnet_jax.signatures import CAUSES, IDENTITY, MECHANISM, SYMPTOM, late, learned
+from bitnet_jax import signatures
+from bitnet_jax.signatures import CAUSES, IDENTITY, MECHANISM, SYMPTOM, late
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,14 @@ class Finding:
     explains: tuple[str, ...] = ()
 
 
+def learned(m: dict) -> bool | None:
+    """Whether the model has learned; None where its predictions were not measured."""
+    return signatures.learned(m) if "minus_unigram" in m else None
+
+
 def supported(m: dict) -> dict[str, float]:
     """Scores in (0, 1] of the causes that the numbers support, in the order of `CAUSES`."""
-    finite = not m.get("nonfinite")
-    has_learned = finite and learned(m)
-    kinds = {IDENTITY} | ({MECHANISM} if finite and not has_learned else set())
+    kinds = {IDENTITY} | ({MECHANISM} if learned(m) is False else set())
     if MECHANISM in kinds and late(m):
         kinds |= {SYMPTOM}
     scores = {
@@ -65,9 +70,13 @@ def rank(m: dict) -> list[Finding]:
 def render(m: dict, findings: list[Finding]) -> list[str]:
     """`1. NAME (score): evidence` for each finding and what to do about the first, or that no
     cause was found."""
-    verdict = "the model has learned" if not m.get("nonfinite") and learned(m) else None
     if not findings:
-        return [f"no cause found: {verdict or 'these tests do not say why it has not learned'}"]
+        verdict = {
+            True: "the model has learned",
+            False: "these tests do not say why it has not learned",
+            None: "whether the model has learned needs a text",
+        }
+        return [f"no cause found: {verdict[learned(m)]}"]
     numbered = []
     for place, f in enumerate(findings, 1):
         explains = f" (explains: {', '.join(f.explains)})" if f.explains else ""

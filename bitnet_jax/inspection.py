@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import audit, checkpoint, metrics, optim, quant, restore, signatures, verdict
-from bitnet_jax.subject import Subject, fixed, logits, open_source, weight_faults
+from bitnet_jax.subject import TEXT, Subject, fixed, logits, open_source, weight_faults
 
 TOP = 10  # tokens shown of each list
 THRESHOLD = 1.1  # the troubleshooting report counted weights above it
@@ -235,6 +235,11 @@ def course(rows: Sequence[dict]) -> dict | None:
 # ------------------------------------------------------------------------------------ together
 
 
+def finite(weights: dict) -> bool:
+    """Whether all values are finite, so that the model predicts something."""
+    return "values that are not finite" not in weights["faults"]
+
+
 def observations(found: dict) -> list[str]:
     """What is wrong with the weights and predictions, the worst first."""
     w, p = found["weights"], found["predictions"]
@@ -242,17 +247,18 @@ def observations(found: dict) -> list[str]:
         name for name, t in w["tensors"].items() if 1 > t.get("zero_rate", 0) > MOSTLY_ZERO
     ]
     seen = [f"{fault} in {_some(names, w['matrices'])}" for fault, names in w["faults"].items()]
-    if p is None:
+    if not finite(w):
         return seen
-    if p["future_leak"] > verdict.LEAK:
+    if p is not None and p["future_leak"] > verdict.LEAK:
         leak = f"{p['future_leak']:.2g} of their spread"
         seen.insert(0, f"later tokens move earlier logits by {leak}: the loss says nothing")
     if w["total"]["outside"] and w["quantisation_strength"] == 1:
         seen.append(f"{w['total']['outside']:,} values of the forward pass are no ternary code")
-    top = p["most_predicted"][0]
-    if not p["learned"] and top["share_of_argmax"] > ONE_TOKEN:
-        seen.append(f"{top['token']!r} is predicted at {top['share_of_argmax']:.0%} of positions")
-    if not p["learned"]:
+    if p is not None and not p["learned"]:
+        top = p["most_predicted"][0]
+        if top["share_of_argmax"] > ONE_TOKEN:
+            share = f"{top['share_of_argmax']:.0%}"
+            seen.append(f"{top['token']!r} is predicted at {share} of positions")
         where = "above" if p["minus_unigram"] > 0 else "below"
         seen.append(
             f"not learned: loss {p['loss']:.2f} is {abs(p['minus_unigram']):.2f} {where} the "
@@ -286,16 +292,18 @@ def _earlier(source: str, s: Subject) -> tuple[dict | None, int | None]:
 def inspect(source: str, text: str | None = None, rows: Sequence[dict] = ()) -> dict:
     """Weights, predictions and course of a SOURCE, and `observations`; raises UserError.
 
-    `rows` are the evaluations of the replicate from its log, oldest first.
+    `rows` are the evaluations of the replicate from its log, oldest first. `left_out` says why
+    there are no predictions where there is no text.
     """
     s = open_source(source, text)
     before, earlier = _earlier(source, s)
     replicate = s.program.replicates[0]
     found = {"source": source, "name": replicate.name, "seed": replicate.seed, "step": s.step}
     found |= {"weights": weights(s.params, float(s.hyper.weight_quant), before)}
-    finite = not found["weights"]["faults"].get("values that are not finite")
-    with jax.set_mesh(s.program.mesh), jax.default_matmul_precision("float32"):
-        found["predictions"] = predictions(s) if finite else None
+    found |= {"predictions": None, "left_out": s.lacks((TEXT,))}
+    if finite(found["weights"]) and not found["left_out"]:
+        with jax.set_mesh(s.program.mesh), jax.default_matmul_precision("float32"):
+            found["predictions"] = predictions(s)
     found |= {"previous_step": earlier, "course": course(rows)}
     return found | {"observations": observations(found)}
 
@@ -315,7 +323,8 @@ COLUMNS = (
 
 def lines(found: dict) -> list[str]:
     """The worst first, then tensors, tokens and course."""
-    seen = found["observations"] or ["nothing wrong seen; the model has learned"]
+    sound = " in the weights" if found["left_out"] else "; the model has learned"
+    seen = found["observations"] or [f"nothing wrong seen{sound}"]
     where = f"{found['name']} seed {found['seed']}, step {found['step']}"
     return [
         f"{where}: {seen[0]}",
@@ -323,6 +332,7 @@ def lines(found: dict) -> list[str]:
         "",
         *_tensor_lines(found["weights"]["tensors"]),
         *(["", *_prediction_lines(found["predictions"])] if found["predictions"] else []),
+        *(["", f"left out, without {found['left_out']}: predictions"] if found["left_out"] else []),
         *(_course_lines(found["course"]) if found["course"] else []),
     ]
 

@@ -16,17 +16,20 @@ DEVICE_BYTES = 1 << 30  # a larger training split stays on the host
 
 @dataclass(frozen=True)
 class Program:
-    """Replicates on their devices; arrays of R replicates have a leading axis [R]."""
+    """Replicates on their devices; arrays of R replicates have a leading axis [R].
+
+    Without text, `tokens`, `evals` and `windows` are None: only parameters can be looked at.
+    """
 
     cfg: Config
     replicates: list[Replicate]
     seams: Seams
-    tokens: data.TokenData
+    tokens: data.TokenData | None
     references: dict  # of reference.references
     mesh: jax.sharding.Mesh
     hyper: config.Hyper
-    evals: train.EvalData
-    windows: data.Windows  # of the training split
+    evals: train.EvalData | None
+    windows: data.Windows | None  # of the training split
     train_N: jax.Array | None  # the training split on the device; None: windows are cut on the host
 
     def init(self) -> train.TrainState:
@@ -156,6 +159,13 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
         windows,
         sharding.put(tokens.train_N, everywhere) if on_device else None,
     )
+
+
+def without_text(cfg: Config, replicates: list[Replicate]) -> Program:
+    """The program of a model whose text is not there; its size of the vocabulary is known."""
+    mesh = sharding.make_mesh(len(replicates), cfg.data.batch_size)
+    hyper = sharding.put(config.stack_hypers(replicates), sharding.by_replicate(mesh))
+    return Program(cfg, replicates, STANDARD, None, {}, mesh, hyper, None, None, None)
 
 
 def evaluation(cfg: Config, tokens, windows: data.Windows, seeds: list[int]):

@@ -173,8 +173,8 @@ def _loop(program, state, start: int, recorder, save, received, stop_when_collap
                 recorder.flush(state)
                 if not recorder.all_failed:
                     save(step, state)
-                if (signum := signalled()) and step < run.steps:
-                    raise Interrupted(f"stopped at step {step} and saved", signum)
+                    if signum := signalled():
+                        raise Interrupted(f"stopped at step {step} and saved", signum)
     return state, step
 
 

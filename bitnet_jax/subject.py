@@ -19,14 +19,15 @@ from bitnet_jax.train import Seams, TrainState
 
 POSITIONS = 2048  # held-out positions whose logits are kept at once
 LONGEST = 512  # tokens of a window of another text
-WEIGHTS, OPTIMISER, START = "weights and text", "optimiser", "start"
+WEIGHTS, TEXT, OPTIMISER, START = "weights", "text", "optimiser", "start"
 
 
 @dataclass(frozen=True)
 class Subject:
     """One replicate of a run, or a model alone, with the text that it is examined on.
 
-    `state` is None where no optimiser is known, `start` where the initialisation is not.
+    `state` is None where no optimiser is known, `start` where the initialisation is not. Where
+    there is no text, `no_text` says why and how to give one.
     """
 
     program: Program
@@ -35,6 +36,7 @@ class Subject:
     state: TrainState | None = None
     start: TrainState | None = None
     overfit_steps: int = 200
+    no_text: str | None = None
 
     @property
     def hyper(self) -> Hyper:
@@ -66,10 +68,14 @@ class Subject:
         params = self.params if params is None else params
         return logits(*fixed(self.program), params, hyper or self.hyper, inputs_BL)
 
-    def has(self, needs: str) -> bool:
-        return {WEIGHTS: True, OPTIMISER: self.state is not None, START: self.start is not None}[
-            needs
-        ]
+    def lacks(self, needs: tuple[str, ...]) -> str | None:
+        """The first of the needs that is not there, text with why; None where all are."""
+        missing = {
+            TEXT: self.no_text and f"{TEXT} ({self.no_text})",
+            OPTIMISER: OPTIMISER if self.state is None else None,
+            START: START if self.start is None else None,
+        }
+        return next((missing[need] for need in needs if missing.get(need)), None)
 
 
 def arrays(hyper: Hyper) -> Hyper:
@@ -160,9 +166,10 @@ def weight_faults(params) -> dict[str, list[str]]:
 
 
 def open_source(source: str, text: str | None = None) -> Subject:
-    """The subject of a SOURCE: WORKDIR[@STEP[:REPLICATE]], or a Hugging Face folder with a text.
+    """The subject of a SOURCE: WORKDIR[@STEP[:REPLICATE]], or a Hugging Face folder.
 
-    `text` is a glob of files that replaces a run's corpus. Raises UserError.
+    `text` is a glob of files that replaces a run's corpus; without it, and where a run's corpus
+    cannot be used any more, the subject has no text. Raises UserError.
     """
     if restore.is_hf_folder(Path(source)):
         return open_hf(Path(source), text)
@@ -176,9 +183,13 @@ def open_run(workdir: Path, step: int, index: int, text: str | None = None) -> S
     if text:
         restore.run_tokenizer(workdir, step)
         cfg = replace(cfg, data=on_text(cfg.data, text, f"hf:{workdir / 'tokenizer'}"))
-    built = program.build(cfg, [replicate])
-    if not text:
+        return of_run(program.build(cfg, [replicate]), state)
+    try:
+        built = program.build(cfg, [replicate])
         check_corpus(workdir, step, cfg.data, built.tokens.identity)
+    except UserError as error:
+        built, why = program.without_text(cfg, [replicate]), f"{error}; --text GLOB gives another"
+        return Subject(built, state.params, int(state.step), state, no_text=why)
     return of_run(built, state)
 
 
@@ -192,13 +203,14 @@ def of_run(built: Program, state: TrainState) -> Subject:
 
 def open_hf(folder: Path, text: str | None) -> Subject:
     """A Hugging Face model, packed or not, on the text of `text`: no optimiser, no start."""
-    if not text:
-        raise UserError(f"{folder}: a model without a run needs a text: --text GLOB")
     cfg, params, _ = hf.load(folder)
+    params = jax.tree.map(jnp.asarray, params)
+    replicate = Replicate(folder.name, 0, hf.strengths(folder, cfg.model))
+    if not text:
+        built = program.without_text(cfg, [replicate])
+        return Subject(built, params, 0, no_text="--text GLOB gives one")
     cfg = replace(cfg, data=on_text(cfg.data, text, cfg.data.tokenizer))
-    hyper = hf.strengths(folder, cfg.model)
-    built = program.build(cfg, [Replicate(folder.name, 0, hyper)])
-    return Subject(built, jax.tree.map(jnp.asarray, params), 0)
+    return Subject(program.build(cfg, [replicate]), params, 0)
 
 
 def on_text(cfg: data.DataConfig, text: str, tokenizer: str) -> data.DataConfig:

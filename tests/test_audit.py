@@ -305,16 +305,27 @@ def test_a_model_without_optimiser_and_start_has_these_tests_left_out(untied):
     s = subject_of(untied)
     alone = subject.Subject(s.program, s.params, 0)
     measured, left_out = audit.measure(alone)
-    needs = {test.name: test.needs for test in audit.TESTS if test.needs != subject.WEIGHTS}
-    assert left_out == needs and set(needs.values()) == {subject.OPTIMISER, subject.START}
+    rest = (subject.OPTIMISER, subject.START)
+    assert left_out == {t.name: t.needs[-1] for t in audit.TESTS if t.needs[-1] in rest}
     assert causes.rank(measured | {"overfit_loss": 9.0}) != []
     assert any("left out" in line for line in audit.lines(measured, left_out))
 
 
-def test_a_folder_without_checkpoints_or_a_model_without_text_is_a_mistake(tmp_path):
+def test_a_folder_without_checkpoints_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="no checkpoints in"):
         subject.open_source(str(tmp_path / "nothing"))
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="--text"):
-        subject.open_source(str(tmp_path))
+
+
+def test_without_text_only_a_violated_identity_is_a_cause(untied):
+    """Nobody knows whether the model has learned, so nothing is said of what keeps it from it."""
+    rates = ("lr_peak", "lr_stage1_end", "lr_stage2_start", "lr_final")
+    s = subject_of(untied, **dict.fromkeys(rates, 1e-9))
+    alone = program.without_text(s.program.cfg, s.program.replicates)
+    s = replace(s, program=alone, start=None, no_text="gone")
+    measured, left_out = audit.measure(s)
+    assert {t.name for t in audit.TESTS} - set(left_out) == {
+        *("codes", "straight-through", "schedule", "decay")
+    }
+    assert measured["planned_lr"] < 1e-6 and causes.rank(measured) == []
+    dead = changed(s, "block_0/ffn/down/kernel", jnp.zeros_like)
+    assert [f.name for f in causes.rank(audit.measure(dead)[0])] == ["dead ternary matrices"]

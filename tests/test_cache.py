@@ -66,7 +66,9 @@ def test_a_checksum_sees_every_bit_and_the_length(monkeypatch):
     others = [flipped(i) for i in range(88)] + [content[:n] for n in range(11)] + [content + b"\0"]
     sums = {cache.checksum(io.BytesIO(x)) for x in [content, *others]}
     assert len(sums) == 1 + len(others)
-    assert cache.checksum(io.BytesIO(content)) in sums
+    read = io.BytesIO(content)
+    read.seek(3)
+    assert cache.checksum(read) == cache.checksum(io.BytesIO(content))
 
 
 def build(path, content, counter):

@@ -90,8 +90,7 @@ def test_training_starts_where_the_exported_run_ended(trained, bitnet, tmp_path)
         "generate RUN --prompt=",
         "triage NEW",
         "triage RUN@7",
-        "triage HF",
-        "inspect HF",
+        "inspect RUN --text /none/*",
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(trained, bitnet, tmp_path, arguments):
@@ -134,6 +133,25 @@ def test_a_workdir_alone_writes_text(trained, bitnet, tmp_path, monkeypatch):
     assert "7 cats" in out and "\n8" in out
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"7 cats")))
     assert bitnet("generate", workdir, *short)[1].startswith("7 cats")
+
+
+@pytest.mark.parametrize("source", ["RUN", "HF"])
+def test_without_its_text_a_model_shows_its_weights(trained, bitnet, tmp_path, source):
+    """One line says what is left out, and which flag gives a text."""
+    workdir, corpus = trained[0], trained[0].parent / "corpus.txt"
+    if source == "HF":
+        bitnet("convert", "hf", workdir, tmp_path / "hf")
+        workdir = tmp_path / "hf"
+    corpus.rename(tmp_path / "moved.txt")
+    try:
+        inspected, triaged = bitnet("inspect", workdir), bitnet("triage", workdir)
+    finally:
+        (tmp_path / "moved.txt").rename(corpus)
+    assert inspected[::2] == (0, "") and triaged[::2] == (0, "")
+    assert "block_0/attn/q/kernel" in inspected[1] and "\ncodes " in triaged[1]
+    for _, out, _ in (inspected, triaged):
+        (line,) = [line for line in out.splitlines() if "left out, without text" in line]
+        assert "--text" in line and (str(corpus) in line) == (source == "RUN")
 
 
 def edit(text):

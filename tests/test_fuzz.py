@@ -69,7 +69,7 @@ def test_any_assignments_make_a_configuration_or_one_line():
         assert config_file.from_json(json.loads(json.dumps(tree)))[0] == request.cfg
 
     went_well, refused = outcomes((case() for _ in range(CASES)), attempt)
-    assert min(went_well, refused) > CASES / 20
+    assert min(went_well, refused) > CASES / 40  # about CASES / 18 are accepted
 
 
 def test_any_config_json_is_read_or_one_line():

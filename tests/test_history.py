@@ -188,6 +188,16 @@ def test_after_a_resume_the_later_rows_count(tmp_path):
     assert "155" in run.notes[0]
 
 
+def test_a_line_that_is_still_written_is_left_out_and_a_damaged_one_named(tmp_path):
+    path = write_jsonl(tmp_path / "log.jsonl", entries(losses(5.0)))
+    text = path.read_text()
+    path.write_text(text + '{"step": 9999, "lo')
+    assert len(history.read(path).log.rows) == len(text.splitlines())
+    path.write_text('{"step": 1, "lo\n' + text)
+    with pytest.raises(UserError, match=r"log\.jsonl:1: "):
+        history.read(path)
+
+
 def test_rows_in_no_order_are_sorted_and_of_a_repeated_step_the_last_counts(tmp_path):
     rows = entries(losses(5.0))
     shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]

@@ -82,3 +82,21 @@ def test_codes_need_full_strengths_all_along_and_the_package_s_quantiser(monkeyp
     assert products.choose(sound, standard=False) == PLAIN
     monkeypatch.setattr(products, "machine", lambda: "a backend of the future")
     assert products.choose(sound, standard=True) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("flags", "capped", "row"),
+    [
+        ("sse amx_int8 amx_bf16 amx_tile", "", "cpu with AMX"),
+        ("sse amx_bf16", "", "cpu"),
+        ("sse", "", "cpu"),
+        ("sse amx_int8 amx_bf16", "--xla_cpu_max_isa=AVX2", "cpu"),
+    ],
+)
+def test_a_cpu_has_amx_with_both_of_its_types(tmp_path, monkeypatch, flags, capped, row):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n")
+    monkeypatch.setattr(products, "CPU_INFO", info)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setenv("XLA_FLAGS", capped)
+    assert products.machine() == row

@@ -324,6 +324,17 @@ def test_interrupted_runs_end_bitwise_the_same(cfg, finished, tmp_path, monkeypa
     assert_same(state_at(cfg, workdir, STEPS), state_at(cfg, reference, STEPS))
 
 
+def test_a_signal_in_the_last_chunk_stops_before_the_page(cfg, finished, tmp_path, monkeypatch):
+    reference, summary = finished
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(run.Interrupted):
+        interrupt_at(patch, signal.SIGTERM, STEPS)
+        start(cfg, workdir)
+    assert checkpoint.kept_steps(workdir)[-1] == STEPS and not (workdir / "summary.json").exists()
+    assert start(cfg, workdir, resume=True)["replicates"] == summary["replicates"]
+    assert (workdir / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
+
+
 def test_a_first_write_that_was_cut_is_written_again(cfg, finished, tmp_path):
     """Killed while the rows of step 0 went out: those of one replicate are there."""
     reference, _ = finished

@@ -406,6 +406,15 @@ def test_a_judge_that_was_put_away_goes_on_as_before():
             assert judge_b.update(history[n - 1]) == expected
 
 
+def test_what_lasts_n_evaluations_has_n_of_them():
+    judge_a = judging.Judge(REFERENCES)
+    for n in (1, 2, 3):
+        judge_a.update(row(9.7, 9.6, step=n))
+        assert [judge_a.lasts(m, lambda _: True) for m in (n, n + 1)] == [True, False]
+    judge_a.update(row(1.0, 1.0, step=4))
+    assert not judge_a.lasts(2, lambda r: r["eval/loss"] > 5)
+
+
 def test_what_a_judge_remembers_does_not_grow():
     sizes, judge_a = [], judging.Judge(REFERENCES)
     for step in range(2000):

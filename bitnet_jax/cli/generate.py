@@ -17,6 +17,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+from bitnet_jax import stopping
 from bitnet_jax.cli import flags
 
 CHUNK = 16  # tokens between prints
@@ -166,12 +167,20 @@ def write(model, prompts: list[str], decoded, args: Namespace) -> None:
     print(printable(f"{model.label}: {how}"), file=sys.stderr, flush=True)
     if alone:
         print(printable(prompts[0]), end="", flush=True)
-    for new_BN in decoded:
-        times.append(time.perf_counter())
-        if alone:
-            text = finished_text(tokenizer, until_end(new_BN[0], tokenizer.ends))
-            print(printable(text[len(shown) :]), end="", flush=True)
-            shown = text
+    writing = True
+
+    def end_line():  # that it was stopped stands on a line of its own
+        if writing:
+            print(flush=True)
+
+    with stopping.undone(end_line):
+        for new_BN in decoded:
+            times.append(time.perf_counter())
+            if alone:
+                text = finished_text(tokenizer, until_end(new_BN[0], tokenizer.ends))
+                print(printable(text[len(shown) :]), end="", flush=True)
+                shown = text
+        writing = False
     if len(times) > 1:  # the first chunk compiles
         rate = (len(times) - 1) * CHUNK * len(prompts) / (times[-1] - times[0])
         rate = f"{rate:.1f} tokens/s after the first {CHUNK}"

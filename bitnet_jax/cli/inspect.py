@@ -1,7 +1,7 @@
 """What do a model's weights and predictions look like? Tensors, tokens, and the course of its run.
 
 What is wrong stands first. A model of a run is looked at on the run's own held-out text unless
---text gives another; a folder of transformers needs one.
+--text gives another; a folder of transformers has none, and without text the weights stand alone.
 
     bitnet inspect runs/train-1a2b3c4d
     bitnet inspect runs/train-1a2b3c4d@500:1

@@ -2,7 +2,8 @@
 
 Of a SOURCE: tests of its weights, text and optimiser, then the causes that the numbers support, the
 most likely first, with their evidence, and what to do about the first. A model of a run is tested
-with its optimiser and its start, a folder of transformers on a text.
+with its optimiser and its start, a folder of transformers on a text. Tests that need a text that
+is not there are left out, and named.
 
 Of a log (--log): the verdict on its losses and whatever else it holds, beside what predictions
 without context would lose on the same text, and a page with the curves. Logs are trainer_state.json
@@ -95,7 +96,7 @@ def of_source(args: Namespace) -> bool:
     flags.prepare()
     found = audit.examine(args.source, args.text)
     print(printable(f"{args.source} ({found['name']} seed {found['seed']}, step {found['step']})"))
-    print("\n".join(audit.lines(found["measured"], found["left_out"])))
+    print(printable("\n".join(audit.lines(found["measured"], found["left_out"]))))
     findings = causes.rank(found["measured"])
     print("\n" + printable("\n".join(causes.render(found["measured"], findings))))
     return bool(findings)
