@@ -111,7 +111,9 @@ def _train(program: Program, settings: dict, workdir: Path, stop_when_collapsed:
             write_config(program, described, workdir)
             for text in warnings:
                 print(f"warning: {text}")
-            state, step = _loop(program, state, start, recorder, save, received, stop_when_collapsed)
+            state, step = _loop(
+                program, state, start, recorder, save, received, stop_when_collapsed
+            )
         try:
             decoded = continuations(program, state)
             summary = {
