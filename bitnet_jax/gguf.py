@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict
 from bitnet_jax import quant
 from bitnet_jax.config import Config, Hyper, ModelConfig, UserError, check_known, shown
 from bitnet_jax.hf_weights import fault, is_matrix
+from bitnet_jax.model import rope_factors
 from bitnet_jax.tokenizer import Tokenizer
 
 TYPES = ("tq2_0", "tq1_0", "f16", "f32")  # of the weights of linear layers
@@ -88,6 +89,9 @@ def export(
 def tensors(params, model: ModelConfig, hyper: Hyper) -> Iterator[tuple[str, np.ndarray]]:
     """Name and float32 values [out, in] of every tensor, linear layers dequantised."""
     flat = flatten_dict(params, sep="/")
+    if model.rope_scaling:
+        width = model.d_model // model.n_heads
+        yield "rope_freqs.weight", rope_factors(width, model.rope_theta, model.rope_scaling)
     for path, array in flat.items():
         if path.startswith("block_") and path.endswith("/scale") and "norm" not in path:
             continue  # of packed codes
@@ -165,7 +169,12 @@ def _model_fault(model: ModelConfig, hyper: Hyper, fork: str | None) -> str | No
             f"model.activation={model.activation}: llama.cpp has silu in its code, would load the "
             f"file without a word and compute another model{instead}"
         )
-    if model.layout == "b158" and not model.tied_embedding:
+    if model.layout == "b158" and model.rope_scaling and not fork:
+        return (
+            f"model.rope_scaling={model.rope_scaling}: llama.cpp's bitnet does not read it; "
+            "model.layout=llama may have it"
+        )
+    if model.layout == "b158" and not model.tied_embedding and not fork:
         return (
             "model.tied_embedding=false: llama.cpp's bitnet has no output matrix of its own; "
             "model.layout=llama may be untied"

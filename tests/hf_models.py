@@ -58,6 +58,17 @@ SHAPES = {
         "tied_embedding": False,
         "rope_theta": 10_000.0,
     },
+    "llama 3, scaled rotary": {
+        "layout": "llama",
+        "activation": "silu",
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "n_kv_heads": 1,
+        "d_ff": 48,
+        "rope_theta": 100.0,
+        "rope_scaling": "llama3:8,1,4,32",
+    },
     "llama, gelu, tied": {
         "layout": "llama",
         "activation": "gelu_pytorch_tanh",

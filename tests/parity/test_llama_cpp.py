@@ -23,6 +23,8 @@ SHAPES = {
     "bitnet": WIDE,
     "llama, untied": WIDE | {"layout": "llama", "tied_embedding": False, "rope_theta": 10_000.0},
     "llama, tied": WIDE | {"layout": "llama", "n_layers": 1, "n_kv_heads": 4},
+    "llama 3, scaled rotary": WIDE
+    | {"layout": "llama", "n_layers": 1, "rope_theta": 100.0, "rope_scaling": "llama3:8,1,4,32"},
 }
 # Largest |delta log p| over the vocabulary, in nats: that of float32 is the claim; float16 rounds
 # embedding and scales, and the ternary types quantise activations in blocks of 256.
