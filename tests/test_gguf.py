@@ -194,3 +194,29 @@ def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path, tokenizer):
         with pytest.raises(UserError, match="cuts text into words in a way that is not known"):
             other = hf_models.cut_as(tokenizer, way)
             gguf.export(tmp_path / "m.gguf", cfg, params, Hyper(), other, kind="f16")
+
+
+def test_the_tokenizer_of_sentencepiece_has_scores_and_bytes(tmp_path):
+    spm = hf_models.save_sentencepiece_like(tmp_path / "hf")
+    cfg, params = hf_models.random_model(SMALL | {"vocab_size": spm.vocab_size + 2}, 0)
+    gguf.export(tmp_path / "m.gguf", cfg, params, Hyper(), spm, kind="f16")
+    reader = library.GGUFReader(tmp_path / "m.gguf")
+    ggml = {name: key(reader, f"tokenizer.ggml.{name}") for name in (
+        "model", "tokens", "token_type", "scores", "add_space_prefix", "add_bos_token",
+        "bos_token_id", "eos_token_id",
+    )}  # fmt: skip
+    assert [ggml[name] for name in ("model", "add_space_prefix", "add_bos_token")] == [
+        "llama", True, True
+    ]  # fmt: skip
+    assert (ggml["bos_token_id"], ggml["eos_token_id"]) == (1, 2)
+    assert ggml["token_type"][:4] == [2, 3, 3, 6] and ggml["token_type"][-2:] == [5, 5]
+    score = dict(zip(ggml["tokens"], ggml["scores"], strict=True))
+    assert score["▁t"] == 0 > score["▁the"] > score["t"] == -1000
+    assert ggml["tokens"][3 + 65] == "<0x41>"
+
+
+def test_merges_that_are_not_sentencepieces_are_refused(tmp_path):
+    cfg, params = hf_models.random_model(SMALL | {"vocab_size": 400}, 0)
+    spm = hf_models.save_sentencepiece_like(tmp_path / "hf", complete=False)
+    with pytest.raises(UserError, match="merges in another way"):
+        gguf.export(tmp_path / "m.gguf", cfg, params, Hyper(), spm, kind="f16")
