@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int | None:
         "--fork",
         metavar="NAME",
         help="write relu2, which llama.cpp would compute wrong, for a program that has it: "
-        "ik_llama.cpp",
+        "ik_llama.cpp (--type f16 or f32; checked against its sources, not run there)",
     )
     add.set_defaults(command=export_gguf)
     add = kinds.add_parser("check", help="say what a folder holds and evaluate it")
