@@ -267,6 +267,13 @@ class RunConfig:
     checkpoint_every: int = _field(
         1000, "steps between checkpoints that are kept for good", within=COUNT, bookkeeping=True
     )
+    tracker: str = _field(
+        "none",
+        "also write the numbers to this package, which is installed apart (trackio keeps them on "
+        "this machine, wandb asks for an account unless WANDB_MODE=offline)",
+        choices=("none", "wandb", "trackio"),
+        bookkeeping=True,
+    )
     init: str | None = _field(
         None,
         "instead of from scratch: fork:WORKDIR[@STEP[:REPLICATE]], or hf:FOLDER, the master "
