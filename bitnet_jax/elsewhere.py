@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bitnet_jax import forecast, shrink
-from bitnet_jax.config import UserError
+from bitnet_jax.config import UserError, shown
 
 COUPLED = ("adam", "nadam", "radam", "adamax")  # in PyTorch these add the decay to the gradient
 DEFAULTS = {  # torch's, and what is usual
@@ -86,10 +86,15 @@ def of_log(settings: dict) -> dict:
 
 def check(values: dict, rates_known: bool = False) -> None:
     """Raise UserError for what is missing or makes no run; `rates_known`: `lr` is not needed."""
-    values = DEFAULTS | values
     for name in NEEDED:
-        if values[name] is None and not (name == "lr" and rates_known):
+        if values.get(name) is None and not (name == "lr" and rates_known):
             raise UserError(f"{flag(name)} is missing: --optimizer needs it")
+    check_ranges(values)
+
+
+def check_ranges(values: dict) -> None:
+    """Raise UserError for a value that makes no run."""
+    values = DEFAULTS | values
     for name in ("lr", "weight_decay", "eps", "clip"):
         value = values[name]
         if value is not None and (math.isnan(value) or value < 0 or (name == "clip" and not value)):
@@ -98,8 +103,11 @@ def check(values: dict, rates_known: bool = False) -> None:
         value = values[name]
         if value is not None and not 1 <= value < 2**31:
             raise UserError(f"{flag(name)} {value}: must lie in 1 .. {2**31 - 1}")
-    if not 0 <= values["warmup"] <= values["steps"]:
+    if not 0 <= values["warmup"] <= (values["steps"] or math.inf):
         raise UserError(f"--warmup {values['warmup']}: must lie in 0 .. --steps {values['steps']}")
+    pair(values["betas"])
+    if values["init"]:
+        _init(values["init"])
 
 
 def flag(name: str) -> str:
@@ -162,26 +170,31 @@ def _init(text: str) -> tuple[bool, float]:
 
 
 def prediction(
-    values: dict, points: Sequence[tuple[float, float]], text: Callable[[], tuple] | None
+    values: dict,
+    points: Sequence[tuple[float, float]],
+    text: Callable[[], tuple] | None,
+    name: str | None = None,
 ) -> list[str]:
     """Lines of what `bitnet predict` says of a logged run, or one that names what it lacks.
 
     `values` as of a log and flags, `points` its learning rates, `text` gives the frequencies of
-    its tokens and their context (`setting_of`). Nothing where no decay goes through Adam and
-    something is missing. Raises UserError for values that make no run.
+    its tokens and their context (`setting_of`), `name` is that of the optimiser. Nothing where no
+    decay goes through Adam and something is missing. Raises UserError for values that make no run.
     """
     needed = [name for name in ("weight_decay", *NEEDED) if name != "lr" or not points]
     missing = [flag(name) for name in needed if values.get(name) is None]
     missing += ["--text or --counts"] if text is None else []
     kind = values.get("optimizer")
+    check_ranges(values)
+    if kind is None and name:
+        return [f"{TITLE}: bitnet predict knows Adam and AdamW, not {shown(name)}"]
     if kind is None or (missing and (kind != "adam" or values.get("weight_decay") == 0)):
         return []
     if missing:
         return [f"{TITLE}: add {', '.join(missing)}; or {command(values)}"]
-    check(values, bool(points))
     setting, decay = setting_of(values, *text(), points)
-    shown = forecast.lines(forecast.forecast(setting, decay))
-    return [f"{TITLE} (as bitnet predict says it):", *shown]
+    told = forecast.lines(forecast.forecast(setting, decay))
+    return [f"{TITLE} (as bitnet predict says it):", *told]
 
 
 def command(values: dict) -> str:

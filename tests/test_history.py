@@ -15,7 +15,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
-from bitnet_jax import diagnosis, elsewhere, history, history_page
+from bitnet_jax import diagnosis, elsewhere, forecast, history, history_page
 from bitnet_jax.cli import predict
 from bitnet_jax.config import UserError
 
@@ -429,3 +429,30 @@ def test_a_checkpoint_folder_says_the_models_shape(tmp_path):
     assert history.read(tmp_path).settings == {
         "max_steps": 300, "hidden_size": 64, "initializer_range": 0.02
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--width", "0"), "--width 0"),
+        (("--betas", "0.9"), "--betas 0.9"),
+        (("--init", "normal"), "--init normal"),
+        (("--weight-decay", "-1"), "--weight-decay -1"),
+        (("--schedule", "cosin"), "two-stage"),
+        (("--warmup", "900"), "--warmup 900"),
+        (("--lr-file", "/nowhere"), "/nowhere"),
+    ],
+)
+def test_a_setting_that_makes_no_run_is_one_line(bitnet, tmp_path, wrong, told):
+    """Even where more is missing."""
+    page = tmp_path / "page.html"
+    status, _, err = bitnet("triage", "--log", FOREIGN / "loop.csv", "--page", page, *wrong)
+    assert status == 2 and told in err and err.count("\n") == 1 and not page.exists()
+
+
+def test_an_optimiser_that_predict_does_not_know_is_named():
+    assert "lion" in elsewhere.prediction({}, (), None, "lion")[0]
+    assert elsewhere.prediction({}, (), None) == []
+    assert tuple(forecast.SCHEDULES) == predict.SCHEDULES and {*predict.SETTING} == {
+        *elsewhere.DEFAULTS
+    }

@@ -86,7 +86,8 @@ def export(args: Namespace) -> None:
         card=run_card(*restore.checkpoint_place(args.source)) if of_run else None,
     )
     size = sum(path.stat().st_size for path in args.folder.iterdir())
-    kind = "packed ternary weights" if args.packed else "master weights"
+    weights = "master weights" if float(model.hyper.weight_quant) else "dense weights"
+    kind = "packed ternary weights" if args.packed else weights
     print(f"{model.label}: {kind} in {args.folder}, {size / 1e6:.1f} MB")
 
 

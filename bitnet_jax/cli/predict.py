@@ -15,6 +15,7 @@ from pathlib import Path
 from bitnet_jax.cli import flags
 
 OPTIMIZERS = ("adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine", "two-stage")
 DECAYED = ("all", "matrices", "no-norms")
 SETTING = (  # flags of `add_setting`, but --lr-file
     *("weight_decay", "decay_on", "lr", "warmup", "schedule", "steps", "betas", "eps", "clip"),
@@ -63,7 +64,7 @@ def add_setting(add) -> None:
     add("--decay-on", choices=DECAYED, help="parameters that decay (default: all)")
     add("--lr", type=float, help="peak of the learning rate")
     add("--warmup", type=int, metavar="STEPS", help="(default: 0)")
-    add("--schedule", help="constant (default) | linear | cosine | two-stage")
+    add("--schedule", choices=SCHEDULES, help="after the warm-up (default: constant)")
     add("--lr-file", type=Path, help="instead of --lr and --schedule: lines STEP,LR")
     add("--steps", type=int, help="updates of the whole run")
     add("--betas", metavar="B1,B2", help="(default: 0.9,0.999)")

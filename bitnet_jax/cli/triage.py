@@ -140,7 +140,9 @@ def prediction(args: Namespace, run) -> list[str]:
     from bitnet_jax.config import Config, DataConfig
 
     given = predict.given(args)
-    values = {"steps": run.last_step} | elsewhere.of_log(run.settings) | given
+    values = {"steps": run.last_step} | elsewhere.of_log(run.settings)
+    values["warmup"] = min(values.get("warmup", 0), values["steps"])  # of a run that is cut short
+    values |= given
     points = predict.points_of(args.lr_file) if args.lr_file else ()
     if "lr" in run.columns and not points and "lr" not in given:
         logged = run.columns["lr"].finite()
@@ -151,9 +153,8 @@ def prediction(args: Namespace, run) -> list[str]:
     if args.text:
         cfg = Config(data=DataConfig(tokenizer=args.tokenizer))
     counted = bool(args.text or args.counts)
-    return elsewhere.prediction(
-        values, points, (lambda: predict.frequencies(args, cfg)) if counted else None
-    )
+    text = (lambda: predict.frequencies(args, cfg)) if counted else None
+    return elsewhere.prediction(values, points, text, run.settings.get("optim"))
 
 
 def place(log: Path) -> Path:
