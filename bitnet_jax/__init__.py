@@ -2,11 +2,11 @@
 
 Each module imports only from those before it:
 
-config -> config_file -> hosts -> presets -> metrics -> stopping -> cache -> tokenizer
--> documents -> corpus -> tokens -> data -> reference -> sharding -> quant -> products -> model
--> loss -> optim -> shrink -> forecast -> collapse -> verdict -> judging -> log -> train
--> checkpoint -> hf_files -> hf_config -> hf_weights -> hf -> gguf -> program -> restore
--> generate -> lm_eval -> subject -> updates -> audit -> signatures -> causes -> checks
--> inspection -> foreign -> history -> diagnosis -> terminal -> charts -> page -> history_page
--> workdir -> recorder -> run
+config -> config_file -> hosts -> presets -> metrics -> stopping -> cache -> metaspace
+-> tokenizer -> documents -> corpus -> tokens -> data -> reference -> sharding -> quant
+-> products -> model -> loss -> optim -> shrink -> forecast -> elsewhere -> collapse -> verdict
+-> judging -> log -> train -> checkpoint -> hf_files -> hf_config -> hf_weights -> hf
+-> gguf_vocab -> gguf -> program -> restore -> generate -> lm_eval -> subject -> updates
+-> audit -> signatures -> causes -> checks -> inspection -> foreign -> history -> diagnosis
+-> terminal -> charts -> page -> history_page -> workdir -> recorder -> run
 """

@@ -68,6 +68,26 @@ def check_fields(part, section: str) -> None:
             raise UserError(f"{path}={shown(value)}: must lie in {within[0]:g} .. {within[1]:g}")
 
 
+def rope_scaling_numbers(text: str | None) -> tuple[float, float, float, float] | None:
+    """Factor, low and high frequency factor and original length of `model.rope_scaling`.
+
+    By the names of transformers' `_compute_llama3_parameters`. Raises UserError.
+    """
+    if text is None:
+        return None
+    kind, _, listed = text.partition(":")
+    try:
+        factor, low, high, length = map(float, listed.split(","))
+    except ValueError:
+        factor = low = high = length = 0.0
+    if kind != "llama3" or not (1 <= factor < 1e6 and 0 < low < high < 1e6 and 1 <= length < 2**31):
+        raise UserError(
+            f"model.rope_scaling={shown(text)}: use none or llama3:FACTOR,LOW,HIGH,LENGTH with "
+            "FACTOR >= 1 and LOW < HIGH, such as llama3:8,1,4,8192"
+        )
+    return factor, low, high, length
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     layout: str = _field(
@@ -100,11 +120,16 @@ class ModelConfig:
         choices=("ternary", "packed"),
     )
     rope_theta: float = _field(500_000.0, "base of the rotary frequencies", within=POSITIVE)
+    rope_scaling: str | None = _field(
+        None,
+        "llama3:FACTOR,LOW,HIGH,LENGTH: slow rotary frequencies as Llama 3.1 and later have them",
+    )
     norm_eps: float = _field(1e-5, "added to the mean square inside RMSNorm", within=(1e-30, 1.0))
     dtype: str = _field("float32", "compute type of activations", choices=("float32", "bfloat16"))
 
     def __post_init__(self):
         check_fields(self, "model")
+        rope_scaling_numbers(self.rope_scaling)
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise UserError(
                 f"model.n_heads={self.n_heads} must divide model.d_model={self.d_model} "
@@ -241,6 +266,13 @@ class RunConfig:
     )
     checkpoint_every: int = _field(
         1000, "steps between checkpoints that are kept for good", within=COUNT, bookkeeping=True
+    )
+    tracker: str = _field(
+        "none",
+        "also write the numbers to this package, which is installed apart (trackio keeps them on "
+        "this machine, wandb asks for an account unless WANDB_MODE=offline)",
+        choices=("none", "wandb", "trackio"),
+        bookkeeping=True,
     )
     init: str | None = _field(
         None,

@@ -14,7 +14,7 @@ import numpy as np
 
 from bitnet_jax import data, metrics, reference
 from bitnet_jax.config import DataConfig, UserError
-from bitnet_jax.forecast import SCHEDULES
+from bitnet_jax.elsewhere import couples
 from bitnet_jax.history import ROLES, Column, History
 from bitnet_jax.judging import Judge
 from bitnet_jax.verdict import ALARM, LABELS, LARGE_BLOCK, LATE_STEPS, PREDICTORS, Verdict
@@ -27,7 +27,6 @@ ABOVE_UNIFORM = 1.0  # nats; the widest logits in use at initialisation add 0.5
 ROLE_OF = {role.metric: name for name, role in ROLES.items()} | {metrics.NORM_RATIO: "head_norm"}
 SHOWN = ("uniform", "unigram", "bigram")  # predictors
 ALONE = ("nonfinite", "regression")  # what a loss says without any reference
-COUPLED = ("adam", "nadam", "radam", "adamax")  # in PyTorch these add the decay to the gradient
 NONFINITE_NEXT = "lower rate, longer warm-up, clipping; look at the step before"
 BELOW_NEXT = "go on; a held-out loss would show whether it has learned"
 
@@ -76,41 +75,6 @@ def diagnose(history: History, references: dict) -> Diagnosis:
     same = [v.name == last.name for v in verdicts]
     first = len(same) - next((i for i, x in enumerate(reversed(same)) if not x), len(same))
     return Diagnosis(last, int(rows[first]["step"]), _unknown(history, last), tuple(notes))
-
-
-def couples(settings: dict) -> bool:
-    """Whether the optimiser adds weight decay to the gradient that Adam normalises."""
-    name = str(settings.get("optim", "")).lower().rpartition(".")[2]
-    decay = settings.get("weight_decay", 0.0)
-    return name in COUPLED and isinstance(decay, int | float) and decay > 0
-
-
-PREDICT = {  # flags of `bitnet predict`, by transformers' names of the settings
-    "weight_decay": "--weight-decay",
-    "learning_rate": "--lr",
-    "lr_scheduler_type": "--schedule",
-    "warmup_steps": "--warmup",
-    "max_steps": "--steps",
-    "adam_epsilon": "--eps",
-    "max_grad_norm": "--clip",
-}
-BETAS = ("adam_beta1", "adam_beta2")
-
-
-def predict_command(settings: dict) -> str | None:
-    """The `bitnet predict` where decay goes through Adam; capitals are for what a log lacks."""
-    if not couples(settings):
-        return None
-    flags = ["--optimizer adam"]
-    for name, flag in PREDICT.items():
-        value = settings.get(name)
-        if name == "lr_scheduler_type" and value not in SCHEDULES:
-            continue
-        if value is not None or name in ("learning_rate", "max_steps"):
-            flags.append(f"{flag} {flag[2:].upper() if value is None else value}")
-    if all(name in settings for name in BETAS):
-        flags.append("--betas " + ",".join(str(settings[name]) for name in BETAS))
-    return " ".join(["bitnet predict", *flags, "--width D --tokens-per-batch N --counts FILE"])
 
 
 def _without(missing: list[str]) -> Verdict:
@@ -181,15 +145,16 @@ def _unknown(history: History, verdict: Verdict) -> dict[str, str]:
     return {role: more[role] for role in ROLES if role in more}
 
 
-def lines(history: History, diagnosis: Diagnosis, references: dict) -> list[str]:
-    """What a terminal shows: what was read, the verdict, and what would say more."""
+def lines(history: History, diagnosis: Diagnosis, references: dict, prediction=()) -> list[str]:
+    """What a terminal shows: what was read, the verdict, lines of `elsewhere.prediction`, and what
+    would say more."""
     log, verdict = history.log, diagnosis.verdict
     heights = [f"{name} {references[name]['loss']:.3f}" for name in SHOWN if name in references]
     settings = ", ".join(f"{k} {v}" for k, v in history.settings.items())
     facts = [
         ("columns", ", ".join(f"{r}={c.name}" for r, c in history.columns.items())),
         ("references", ", ".join(heights) or "none: give --text, --counts or --unigram-loss"),
-        ("optimiser", settings or "not in the log; --optimizer and --weight-decay say it"),
+        ("settings", settings or "none in the log; --optimizer and --weight-decay say them"),
         *(("note", note) for note in diagnosis.notes),
     ]
     shown = [f"{log.path} ({log.kind}, {len(log.rows):,} rows, last step {history.last_step:,})"]
@@ -198,8 +163,7 @@ def lines(history: History, diagnosis: Diagnosis, references: dict) -> list[str]
     shown += ["", f"{verdict.name}{since}: {LABELS[verdict.name].headline}", verdict.evidence]
     shown += [f"warning: {text}" for text in verdict.warnings]
     shown.append(f"next: {verdict.next}")
-    if command := predict_command(history.settings):
-        shown.append(f"what its decay was bound to do: {command}")
+    shown += prediction
     if diagnosis.unknown:
         shown += ["", "not in the log, and what it would tell:"]
         shown += [_hanging(role, text, 20) for role, text in diagnosis.unknown.items()]

@@ -3,6 +3,7 @@
 Here a file's format is read and nothing is interpreted: `history` says what a column means.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -10,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bitnet_jax.config import UserError, shown
@@ -18,7 +19,10 @@ from bitnet_jax.config import UserError, shown
 Row = dict[str, float | str]  # of a column that is not there a row has no entry
 
 EVENTS, STATE = "tfevents", "trainer_state.json"
-ARGUMENTS = "args/text_summary"  # where transformers' Trainer writes its arguments in TensorBoard
+# Where transformers' Trainer writes its arguments and the model's configuration in TensorBoard, and
+# where it saves the latter beside its log.
+SETTINGS = ("args/text_summary", "model_config/text_summary")
+CONFIG = "config.json"
 EMPTY = ("", "none", "null")  # cells without a value
 FLOAT_TYPE, DOUBLE_TYPE = 1, 2  # of TensorFlow's TensorProto
 
@@ -91,11 +95,22 @@ def _file(path: Path) -> Log:
         except (ValueError, RecursionError):  # several objects, one a line
             tree = None
         if isinstance(tree, dict) and "log_history" in tree:
-            return _numbered(path, "trainer_state.json of transformers", tree["log_history"])
+            log = _numbered(path, "trainer_state.json of transformers", tree["log_history"])
+            steps = {"max_steps": tree["max_steps"]} if "max_steps" in tree else {}
+            return replace(log, settings=steps | _configuration(path.with_name(CONFIG)))
         if isinstance(tree, list):
             return _numbered(path, "list in JSON", tree)
         return _json_lines(path, text)
     return _csv(path, text)
+
+
+def _configuration(path: Path) -> dict:
+    """That of a model which was saved beside its log, else nothing."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _numbered(path: Path, kind: str, entries) -> Log:
@@ -213,11 +228,10 @@ def _scalar(value) -> float | None:
 
 
 def _arguments(values: Iterable) -> dict:
-    """The arguments of transformers' Trainer where it wrote them down, else nothing."""
+    """Settings that transformers' Trainer wrote down; an older version wrote them in Markdown."""
+    found = {}
     for value in values:
-        if value.tag == ARGUMENTS and value.tensor.string_val:
-            try:
-                return json.loads(value.tensor.string_val[0])
-            except ValueError:  # an older version wrote Markdown
-                return {}
-    return {}
+        if value.tag in SETTINGS and value.tensor.string_val:
+            with contextlib.suppress(ValueError):
+                found |= json.loads(value.tensor.string_val[0])
+    return found

@@ -6,12 +6,12 @@ activation, so such a model is refused. Weights are ternary codes times their sc
 them; llama.cpp multiplies them with activations that it never quantises per token, so a file of
 float32 gives the logits of `act_quant=0`.
 
-Sources: llama.cpp of 2026-10 `src/models/{bitnet,llama}.cpp`, `src/llama-vocab.cpp`; the library
-that it publishes, imported here as `gguf`.
+Sources: llama.cpp of 2026-10 `src/models/{bitnet,llama}.cpp`; the library that it publishes,
+imported here as `gguf`. Of the fork: ik_llama.cpp `src/graphs/build_bitnet.cpp` (build_bitnet_158),
+`src/llama-load-tensors.cpp` (create_bitnet2_tensors); no file was run there.
 """
 
 import contextlib
-import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -22,19 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from bitnet_jax import quant, stopping
-from bitnet_jax.config import Config, Hyper, ModelConfig, UserError, check_known, shown
+from bitnet_jax import gguf_vocab, quant, stopping
+from bitnet_jax.config import Config, Hyper, ModelConfig, UserError, check_known
 from bitnet_jax.hf_weights import fault, is_matrix
+from bitnet_jax.model import rope_factors
 from bitnet_jax.tokenizer import Tokenizer
 
 TYPES = ("tq2_0", "tq1_0", "f16", "f32")  # of the weights of linear layers
 ROW = 256  # weights in a block of the ternary types; a row is whole blocks
 ARCHITECTURES = {"b158": "bitnet", "llama": "llama"}  # by layout
 FORKS = {"ik_llama.cpp": "bitnet-b1.58"}  # that have a graph with relu2, and its architecture
-LLAMA_3 = (  # the words of its tokenizer.json
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 NAMES = {  # of a block's modules, here and there
     "attn_norm": "attn_norm",
     "attn/sub_norm": "attn_sub_norm",
@@ -72,7 +69,7 @@ def export(
     architecture = _architecture(cfg.model, hyper, kind, fork)
     writer = gguf.GGUFWriter(None, architecture)
     _describe(writer, cfg, kind, name or Path(path).stem)
-    _add_tokenizer(writer, tokenizer, cfg.model)
+    gguf_vocab.add_tokenizer(writer, tokenizer, cfg.model)
     with _appearing(Path(path)) as draft:
         for key, array in tensors(params, cfg.model, hyper):
             of_layer = key.startswith("blk.") and array.ndim == 2
@@ -88,6 +85,9 @@ def export(
 def tensors(params, model: ModelConfig, hyper: Hyper) -> Iterator[tuple[str, np.ndarray]]:
     """Name and float32 values [out, in] of every tensor, linear layers dequantised."""
     flat = flatten_dict(params, sep="/")
+    if model.rope_scaling:
+        width = model.d_model // model.n_heads
+        yield "rope_freqs.weight", rope_factors(width, model.rope_theta, model.rope_scaling)
     for path, array in flat.items():
         if path.startswith("block_") and path.endswith("/scale") and "norm" not in path:
             continue  # of packed codes
@@ -165,7 +165,12 @@ def _model_fault(model: ModelConfig, hyper: Hyper, fork: str | None) -> str | No
             f"model.activation={model.activation}: llama.cpp has silu in its code, would load the "
             f"file without a word and compute another model{instead}"
         )
-    if model.layout == "b158" and not model.tied_embedding:
+    if model.layout == "b158" and model.rope_scaling and not fork:
+        return (
+            f"model.rope_scaling={model.rope_scaling}: llama.cpp's bitnet does not read it; "
+            "model.layout=llama may have it"
+        )
+    if model.layout == "b158" and not model.tied_embedding and not fork:
         return (
             "model.tied_embedding=false: llama.cpp's bitnet has no output matrix of its own; "
             "model.layout=llama may be untied"
@@ -228,69 +233,6 @@ def _describe(writer: gguf.GGUFWriter, cfg: Config, kind: str, name: str) -> Non
     writer.add_rope_freq_base(model.rope_theta)
     writer.add_rope_dimension_count(model.d_model // model.n_heads)
     writer.add_vocab_size(model.vocab_size)
-
-
-def _cut(tree: dict) -> str | None:
-    """llama.cpp's name of the way in which a tokenizer.json cuts text into words, or None."""
-    split = tree["pre_tokenizer"] or {}
-    parts = split["pretokenizers"] if split.get("type") == "Sequence" else [split]
-    kinds, first, last = [part.get("type") for part in parts], parts[0], parts[-1]
-    whole_words, gpt2 = bool(tree["model"].get("ignore_merges")), last.get("use_regex", True)
-    if tree["normalizer"] or kinds[-1] != "ByteLevel" or last.get("add_prefix_space"):
-        return None
-    if kinds[:-1] == [] and gpt2 and not whole_words:
-        return "gpt-2"
-    if kinds[:-1] == ["Digits"] and first["individual_digits"] and gpt2 and not whole_words:
-        return "smollm"
-    if kinds[:-1] == ["Split"] and first["pattern"] == {"Regex": LLAMA_3} and whole_words:
-        isolated = first["behavior"] == "Isolated" and not first["invert"] and not gpt2
-        return "llama-bpe" if isolated else None
-    return None
-
-
-def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> dict:
-    """tokenizer.json's content; raises UserError unless llama.cpp gives texts the same tokens."""
-    tree = json.loads(tokenizer.backend.to_str())
-    for wrong, reason in (
-        (tokenizer.vocab_size > model.vocab_size, f"has more than {model.vocab_size}"),
-        (_cut(tree) is None, "cuts text into words in a way that is not known in llama.cpp"),
-        (len(tokenizer.begin) > 1, f"begins a text with {len(tokenizer.begin)} tokens, not one"),
-        (len(tokenizer.ends) > 3, f"has {len(tokenizer.ends)} tokens that end a text, not three"),
-    ):
-        if wrong:
-            raise UserError(
-                f"cannot be exported: tokenizer {shown(tokenizer.name)} ({tokenizer.vocab_size:,} "
-                f"tokens) {reason}; known are byte-level BPEs as those of GPT-2, Llama 3 and SmolLM"
-            )
-    return tree
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Keys of the tokenizer; rows of the embedding without a token are unused ones."""
-    tree, added = _check_tokenizer(tokenizer, model), tokenizer.backend.get_added_tokens_decoder()
-    tokens, types = [], []
-    for i in range(model.vocab_size):
-        text = tokenizer.backend.id_to_token(i) if i < tokenizer.vocab_size else None
-        kind = gguf.TokenType.NORMAL if text is not None else gguf.TokenType.UNUSED
-        if i in added:
-            kind = gguf.TokenType.USER_DEFINED
-        if i in {*tokenizer.ends, *tokenizer.begin} or (i in added and added[i].special):
-            kind = gguf.TokenType.CONTROL
-        tokens.append(f"[PAD{i}]" if text is None else text)
-        types.append(kind)
-    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in tree["model"]["merges"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_cut(tree))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(list(merges))
-    end, *more = tokenizer.ends
-    writer.add_bos_token_id(tokenizer.begin[0] if tokenizer.begin else end)
-    writer.add_eos_token_id(end)
-    for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), more, strict=False):
-        add(i)
-    writer.add_add_bos_token(bool(tokenizer.begin))
-    writer.add_add_eos_token(False)
 
 
 @contextlib.contextmanager

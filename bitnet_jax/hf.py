@@ -116,7 +116,7 @@ def _check_expressible(model, hyper, tokenizer, packed) -> None:
         (packed and dense, "hyper.weight_quant=0: a dense model has no ternary weights to pack"),
         (
             not packed and model.weight_format == "packed",
-            "model.weight_format=packed: only codes are left; pack",
+            "model.weight_format=packed: only codes are left, and these are written with --packed",
         ),
         (
             model.vocab_size < tokenizer.vocab_size,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from bitnet_jax.config import Config, ModelConfig, UserError
+from bitnet_jax.config import Config, ModelConfig, UserError, rope_scaling_numbers
 from bitnet_jax.hf_files import Entry, quoted
 
 
@@ -42,6 +42,12 @@ FAMILIES = {  # by model_type
 }
 TYPES = {family.layout: kind for kind, family in FAMILIES.items()}  # layout -> model_type
 ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}  # of activations, as in ACT2FN
+LLAMA3 = (  # of rope_scaling, in the order of ours
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 SIZES = {  # ModelConfig -> their configuration
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -110,7 +116,7 @@ def model_config(folder: Path, settings: dict, form: str, entries: dict[str, Ent
     if not isinstance(tied := settings.get("tie_word_embeddings", False), bool):
         _refuse(folder, "tie_word_embeddings", tied, "true or false is needed")
     _check_unquantised(folder, settings, sizes["n_layers"])
-    theta = _rope_theta(folder, settings, family.rope_theta)
+    theta, scaling = _rope(folder, settings, family.rope_theta)
     eps = settings.get("rms_norm_eps", family.norm_eps)
     eps = _number(folder, "rms_norm_eps", eps, 1e-30, 1)
     dtype = _dtype(folder, settings, entries)
@@ -122,6 +128,7 @@ def model_config(folder: Path, settings: dict, form: str, entries: dict[str, Ent
             tied_embedding=tied,
             weight_format="packed" if form in PACKED else "ternary",
             rope_theta=theta,
+            rope_scaling=scaling,
             norm_eps=eps,
             dtype=dtype,
         )
@@ -146,7 +153,7 @@ def settings_of(cfg: Config, token_ids: dict, form: str) -> dict:
         "max_position_embeddings": cfg.data.seq_len,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,  # read by transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        **_rope_settings(model),
         "tie_word_embeddings": model.tied_embedding,
         "attention_bias": False,
         "initializer_range": 0.02,
@@ -224,28 +231,50 @@ def _activation(folder, settings, family: Family) -> str:
     return ALIASES.get(name, name)
 
 
-def _rope_theta(folder, settings, default: float) -> float:
-    """Base of the rotary frequencies, from where either major version of transformers has it."""
+def _rope(folder, settings, default: float) -> tuple[float, str | None]:
+    """Base of the rotary frequencies, and our form of their scaling.
+
+    From where either major version of transformers has them.
+    """
     key = "rope_scaling" if settings.get("rope_scaling") else "rope_parameters"
     rope = settings.get(key)
     rope = {} if rope is None else rope
     if not isinstance(rope, dict):
         _refuse(folder, key, rope, "an object is needed")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        _refuse(folder, key, rope, "only rotary frequencies of rope_type 'default' are known")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        reason = "only rotary frequencies of rope_type 'default' or 'llama3' are known"
+        _refuse(folder, key, rope, reason)
     for place, factor in (
         (f"{key}.partial_rotary_factor", rope.get("partial_rotary_factor")),
         ("partial_rotary_factor", settings.get("partial_rotary_factor")),
     ):
         if factor not in (None, 1):
             _refuse(folder, place, factor, "this layout rotates whole heads")
+    scaling = None
+    if kind == "llama3":
+        numbers = [_number(folder, f"{key}.{name}", rope.get(name), 1e-30, 1e30) for name in LLAMA3]
+        scaling = "llama3:" + ",".join(f"{number:.15g}" for number in numbers)
     for place, theta in (
         (f"{key}.rope_theta", rope.get("rope_theta")),
         ("rope_theta", settings.get("rope_theta")),
     ):
         if theta is not None:
-            return _number(folder, place, theta, 1e-30, 1e30)
-    return default
+            return _number(folder, place, theta, 1e-30, 1e30), scaling
+    return default, scaling
+
+
+def _rope_settings(model: ModelConfig) -> dict:
+    """The rotary frequencies for transformers 5 and, where they are scaled, for 4."""
+    numbers = rope_scaling_numbers(model.rope_scaling)
+    if numbers is None:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}}
+    scaling = {"rope_type": "llama3"} | dict(zip(LLAMA3, numbers, strict=True))
+    scaling["original_max_position_embeddings"] = round(numbers[-1])
+    return {
+        "rope_scaling": scaling,
+        "rope_parameters": scaling | {"rope_theta": model.rope_theta},
+    }
 
 
 def _dtype(folder, settings, entries) -> str:

@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict:
     """The JSON object in a file of a folder."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path.parent}: no {path.name}; a Hugging Face folder of a BitNet is needed"
         ) from None

@@ -84,9 +84,11 @@ ROLES = {
         "norm of the output matrix, logged from the first step on",
     ),
 }
-SETTINGS = (  # of transformers' TrainingArguments
+SETTINGS = (  # of transformers' TrainingArguments, and of a model's configuration
     *("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "lr_scheduler_type", "warmup_steps", "max_steps"),
+    *("hidden_size", "num_hidden_layers", "intermediate_size", "tie_word_embeddings"),
+    "initializer_range",
 )
 
 

@@ -19,18 +19,20 @@ LOSS_MEANING = (
 LOSSES = {"eval_loss": "held-out", "loss": "training"}
 
 
-def write_page(path: Path, history: History, diagnosis: Diagnosis, references: dict) -> None:
+def write_page(
+    path: Path, history: History, diagnosis: Diagnosis, references: dict, prediction=()
+) -> None:
     """Write one self-contained HTML file; raises UserError where it cannot be written."""
     draft = path.with_name(path.name + ".tmp")
     try:
-        draft.write_text(render(history, diagnosis, references), encoding="utf-8")
+        draft.write_text(render(history, diagnosis, references, prediction), encoding="utf-8")
         os.replace(draft, path)
     except OSError as error:
         raise UserError(f"--page {path}: cannot be written: {error.strerror}") from error
 
 
-def render(history: History, diagnosis: Diagnosis, references: dict) -> str:
-    """Build the page; the same input gives the same bytes."""
+def render(history: History, diagnosis: Diagnosis, references: dict, prediction=()) -> str:
+    """Build the page, with lines of `elsewhere.prediction`; the same input gives the same bytes."""
     verdict, log = diagnosis.verdict, history.log
     severity, headline, *_ = LABELS[verdict.name]
     named = [(role, column.name) for role, column in history.columns.items()]
@@ -52,12 +54,13 @@ def render(history: History, diagnosis: Diagnosis, references: dict) -> str:
         next=verdict.next,
         warnings=verdict.warnings,
         notes=diagnosis.notes,
+        prediction=tuple(prediction),
         charts=draw_charts(history, references),
         tables=(
             ("What would say more, if it were logged", list(diagnosis.unknown.items())),
             ("Simple predictions", heights),
             ("Columns", named),
-            ("Settings of the optimiser", [(k, str(v)) for k, v in history.settings.items()]),
+            ("Settings", [(k, str(v)) for k, v in history.settings.items()]),
         ),
     )
 

@@ -1,7 +1,9 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, provenance."""
+"""What a run writes down: metrics.jsonl, TensorBoard, a tracker's numbers, provenance."""
 
 import hashlib
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -240,3 +242,36 @@ class Metrics:
             self.file.close()
         for board in self.boards:
             board.close()
+
+
+def check_tracker(kind: str) -> None:
+    """Raise UserError where the package of `run.tracker` is not installed."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise UserError(f"run.tracker={kind}: not installed; pip install {kind}, or use none")
+
+
+class Tracker:
+    """The numbers of a run in wandb or trackio: one run there, which a resumed one goes on with.
+
+    Of several replicates each has its name and seed before its keys.
+    """
+
+    def __init__(self, kind: str, workdir: Path, config: dict, replicates: list[Replicate]):
+        place = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:8]
+        name = f"{workdir.resolve().name}-{place}"
+        more = {"id": name} if kind == "wandb" else {}  # trackio goes by the name
+        library = importlib.import_module(kind)
+        self.run = library.init(
+            project="bitnet_jax", name=name, config=config, resume="allow", **more
+        )
+        several = len(replicates) > 1
+        self.prefixes = [f"{rep.name} {rep.seed}/" * several for rep in replicates]
+
+    def write(self, rows: list[dict]) -> None:
+        for row in rows:
+            start = self.prefixes[row["replicate"]]
+            named = [(k, x) for k, x in row.items() if "/" in k and isinstance(x, int | float)]
+            self.run.log({start + key: value for key, value in named}, step=row["step"])
+
+    def close(self) -> None:
+        self.run.finish()

@@ -30,7 +30,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax import products, quant
-from bitnet_jax.config import Hyper, ModelConfig, UserError
+from bitnet_jax.config import Hyper, ModelConfig, UserError, rope_scaling_numbers
 from bitnet_jax.sharding import split_batch
 
 
@@ -41,13 +41,27 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return (y * scale_D).astype(x.dtype)
 
 
-def rope(x_BLHK: jax.Array, theta: float, position_BL: jax.Array | None = None) -> jax.Array:
+def rope_factors(width: int, theta: float, scaling: str) -> np.ndarray:
+    """What each rotary frequency of a head is divided by under `model.rope_scaling`: float32 [K/2].
+
+    1 for waves that fit HIGH times into the original length, FACTOR for those that do not fit LOW
+    times, between them a blend (transformers 5.23 `modeling_rope_utils.py`).
+    """
+    factor, low, high, length = rope_scaling_numbers(scaling)
+    fits_K = length * theta ** (-np.arange(0, width, 2) / width) / (2 * np.pi)
+    kept_K = np.clip((fits_K - low) / (high - low), 0, 1)
+    return (1 / ((1 - kept_K) / factor + kept_K)).astype(np.float32)
+
+
+def rope(x_BLHK: jax.Array, theta: float, position_BL=None, scaling=None) -> jax.Array:
     """Rotate (first half, second half) pairs of each head by position (arXiv 2104.09864).
 
-    Positions are 0 .. L - 1 unless given.
+    Positions [B, L] are 0 .. L - 1 unless given; `scaling` is `model.rope_scaling`.
     """
     length, width = x_BLHK.shape[1], x_BLHK.shape[-1]
     freq_K = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if scaling:
+        freq_K = freq_K / rope_factors(width, theta, scaling)
     position = jnp.arange(length) if position_BL is None else position_BL
     angle = position.astype(jnp.float32)[..., None] * freq_K
     cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
@@ -200,8 +214,8 @@ class Attention(nn.Module):
         else:
             parts = [linear(n * width, name=k)(x_BLD, hyper) for k, n in sizes.items()]
         q_BLHK, k_BLGK, v_BLGK = (p.reshape(*p.shape[:2], -1, width) for p in parts)
-        q_BLHK = rope(q_BLHK, cfg.rope_theta, position_BL)
-        k_BLGK = rope(k_BLGK, cfg.rope_theta, position_BL)
+        q_BLHK = rope(q_BLHK, cfg.rope_theta, position_BL, cfg.rope_scaling)
+        k_BLGK = rope(k_BLGK, cfg.rope_theta, position_BL, cfg.rope_scaling)
         if position_BL is None:
             y_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLGK, v_BLGK, is_causal=True)
         else:

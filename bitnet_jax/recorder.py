@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import config, hosts, judging, log, metrics, optim, terminal, verdict
+from bitnet_jax import config, config_file, hosts, judging, log, metrics, optim, terminal, verdict
 from bitnet_jax.program import Program
 from bitnet_jax.train import TrainState
 
@@ -23,7 +23,10 @@ class Recorder:
     def __init__(self, program: Program, workdir: Path, step: int):
         self.program, self.workdir, self.pending = program, workdir, None
         reps, cfg = program.replicates, program.cfg
-        self.metrics = log.Metrics(workdir, step, reps)
+        self.metrics, self.tracker = log.Metrics(workdir, step, reps), None
+        if cfg.run.tracker != "none" and hosts.is_first():
+            described = config_file.to_json(cfg, reps)
+            self.tracker = log.Tracker(cfg.run.tracker, workdir, described, reps)
         tokens = len(reps) * cfg.data.batch_size * cfg.data.seq_len
         self.progress = terminal.Progress(
             reps, step, cfg.run.steps, tokens, silent=not hosts.is_first()
@@ -77,6 +80,8 @@ class Recorder:
             row |= {"failed": self.failed[i]} if i in self.failed else {}
             rows.append(row | self._judge(row).as_row())
         self.metrics.write(rows)
+        if self.tracker:
+            self.tracker.write(rows)
         self.progress.update(step, rows)
 
     def _row(self, step: int, i: int, kind: str, numbers: dict) -> dict:
@@ -121,6 +126,8 @@ class Recorder:
 
     def close(self) -> None:
         self.metrics.close()
+        if self.tracker:
+            self.tracker.close()
         self.progress.end_line()
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import checkpoint, config, config_file, hf, log, optim, sharding, train
-from bitnet_jax.config import Config, Replicate, UserError
+from bitnet_jax.config import Config, Replicate, UserError, nearest
 from bitnet_jax.program import Program
 from bitnet_jax.tokenizer import Tokenizer, load_folder
 
@@ -48,10 +48,19 @@ def checkpoint_place(text: str) -> tuple[Path, int, int | None]:
     folder, step, index = re.fullmatch(r"(.*?)(?:@(\d+)(?::(\d+))?)?", text).groups()
     steps = checkpoint.kept_steps(Path(folder))
     if not steps:
-        raise UserError(
-            f"{text}: no checkpoints in {folder}; write it as WORKDIR[@STEP[:REPLICATE]]"
-        )
+        raise UserError(f"{text}: {_no_source(Path(folder))}")
     return Path(folder), steps[-1] if step is None else int(step), index and int(index)
+
+
+def _no_source(folder: Path) -> str:
+    """Why nothing can be loaded of a folder without checkpoints, and what can be."""
+    if is_hf_folder(folder):
+        return f"a folder of transformers has no steps; write {folder} alone"
+    wanted = "write WORKDIR[@STEP[:REPLICATE]], or a folder of transformers"
+    if folder.is_dir():
+        return f"no checkpoints in {folder}; {wanted}"
+    beside = [path.name for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+    return f"no checkpoints in {folder}, which is not there; {wanted}{nearest(folder.name, beside)}"
 
 
 def load_replicate(

@@ -59,6 +59,7 @@ def run(
     collapsed, the run ends early. A resumed run ends bitwise as one that was never stopped.
     Raises UserError for a mistake in the request, Interrupted after a signal.
     """
+    log.check_tracker(cfg.run.tracker)
     try:
         with occupied(workdir, resume):
             program = build(cfg, replicates, seams)

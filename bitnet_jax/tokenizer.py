@@ -1,5 +1,6 @@
-"""Byte-level BPE tokenizers: GPT-2's, a Hugging Face folder's, or one trained on the corpus."""
+"""Tokenizers: GPT-2's, a Hugging Face folder's, or a byte-level BPE trained on the corpus."""
 
+import functools
 import hashlib
 import json
 import re
@@ -12,12 +13,13 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bitnet_jax import cache
+from bitnet_jax import cache, metaspace
 from bitnet_jax.config import UserError, shown
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = ("vocab.json", "merges.txt")
 HF_FILES = ("tokenizer.json", "tokenizer_config.json")
+SENTENCEPIECE = "tokenizer.model"
 SPECIAL_FILE = "special_tokens_map.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())  # each character stands for one byte
@@ -32,7 +34,7 @@ LONG = re.compile(r"(\S{256}|\s{256})")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A byte-level BPE, and what it puts around a text."""
+    """A byte-level BPE or one of `metaspace`, and what it puts around a text."""
 
     name: str  # as configured, "bpe:4096"
     key: str  # hex digest of all that decides which tokens a document has
@@ -42,13 +44,18 @@ class Tokenizer:
     begin: tuple[int, ...]  # tokens before a document or a prompt, as its template says
     close: tuple[int, ...]  # tokens after a document, end_of_text last
     token_bytes_V: np.ndarray  # int32: bytes of text a token stands for, 0 for special tokens
+    lead: tuple[int, ...]  # a token without text, before those whose space a decoder would drop
     backend: tokenizers.Tokenizer = field(repr=False, compare=False)
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str], starts: list[bool] | None = None) -> list[np.ndarray]:
         """int32 token ids of each text, or stretch of one, without `begin` and `close`.
 
-        A text that spells out a special token is text.
+        `starts` says which begin a text: all, unless given. A text that spells out a special token
+        is text.
         """
+        if starts and self.doubles_space:  # it puts there the space that a stretch begins with
+            pairs = zip(texts, starts, strict=True)
+            texts = [text if starts else text.removeprefix(" ") for text, starts in pairs]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
@@ -69,14 +76,21 @@ class Tokenizer:
         return np.array([*(() if begun else self.begin), *ids], np.int32)
 
     def decode(self, ids) -> str:
-        """Text of token ids; bytes that are not UTF-8 become replacement characters."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        """Text of token ids that follow others; bytes that are not UTF-8 become U+FFFD."""
+        ids = [*self.lead, *(int(i) for i in ids)]
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     @property
     def prefix_space(self) -> bool:
         """Whether a text gets a space before its first word."""
-        tree = json.loads(self.backend.to_str())["pre_tokenizer"]
-        return any(part.get("add_prefix_space") for part in _parts(tree))
+        tree = json.loads(self.backend.to_str())
+        parts = metaspace.parts(tree["pre_tokenizer"])
+        return any(part.get("add_prefix_space") for part in parts) or metaspace.is_one(tree)
+
+    @functools.cached_property
+    def doubles_space(self) -> bool:
+        """Whether it gets one, too, where it begins with a space."""
+        return metaspace.doubles(json.loads(self.backend.to_str()))
 
     def files(self) -> dict[str, dict]:
         """JSON files by name, from which transformers and `load_folder` make this tokenizer."""
@@ -122,7 +136,7 @@ def load_tokenizer(
 
 
 def load_folder(folder: Path, name: str | None = None) -> Tokenizer:
-    """The byte-level BPE of a Hugging Face folder, with what that folder says about it.
+    """The tokenizer of a Hugging Face folder, with what that folder says about it.
 
     The template of tokenizer.json gives `begin` and `close` (transformers 5 ignores add_bos_token
     and add_eos_token beside it), `eos_token` the end of text, and generation_config.json further
@@ -132,6 +146,11 @@ def load_folder(folder: Path, name: str | None = None) -> Tokenizer:
     for file in HF_FILES:
         if not (folder / file).is_file():
             form = f"; use gpt2:{folder}" if _is_gpt2(folder) else ""
+            if (folder / SENTENCEPIECE).is_file():
+                form = (
+                    f", which transformers writes from {SENTENCEPIECE}: "
+                    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                )
             raise UserError(
                 f"{folder}: tokenizer missing: no {file}; the folder must hold "
                 f"{' and '.join(HF_FILES)}{form}"
@@ -156,18 +175,19 @@ def load_folder(folder: Path, name: str | None = None) -> Tokenizer:
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of tokenizer.json; UserError unless it is a byte-level BPE."""
+    """The tokenizer of tokenizer.json; UserError unless every text is tokens and back."""
     tree = _read_json(folder, "tokenizer.json")
     kind = _part(tree, "model").get("type")
     bytewise = any(
         part.get("type") == "ByteLevel"
         for name in ("pre_tokenizer", "normalizer")
-        for part in _parts(tree.get(name))
+        for part in metaspace.parts(tree.get(name))
     )
-    if kind != "BPE" or not bytewise:
+    if not (kind == "BPE" and bytewise) and not metaspace.is_one(tree):
         form = "a BPE of characters" if kind == "BPE" else f"of type {shown(kind)}"
         raise UserError(
-            f"{folder}: tokenizer.json is not a byte-level BPE but {form}; only those can be used"
+            f"{folder}: tokenizer.json is not a byte-level BPE, nor of SentencePiece with byte "
+            f"fallback, but {form}; only those can be used"
         )
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(tree))
@@ -197,17 +217,6 @@ def _part(tree: dict, name: str) -> dict:
     return part if isinstance(part, dict) else {}
 
 
-def _parts(tree) -> Iterator[dict]:
-    """A pre-tokenizer or normaliser, and the parts of a sequence of them."""
-    if isinstance(tree, dict):
-        yield tree
-        for value in tree.values():
-            yield from _parts(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _parts(value)
-
-
 def _content(token) -> str | None:
     """Text of a special token as the configuration files write them: a string or an object."""
     token = token.get("content") if isinstance(token, dict) else token
@@ -235,8 +244,11 @@ def _wrap(name: str, backend: tokenizers.Tokenizer, end: str, ends=()) -> Tokeni
     close = close if close[-1:] == (end_of_text,) else (*close, end_of_text)
     vocab, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
     token_bytes_V = np.zeros(max(vocab.values()) + 1, np.int32)
+    spaced = metaspace.is_one(json.loads(backend.to_str()))
     for token, i in vocab.items():
-        if i not in added:
+        if spaced and i not in added:
+            token_bytes_V[i] = metaspace.n_bytes(token)
+        elif i not in added:
             token_bytes_V[i] = len(token) if BYTES.issuperset(token) else len(token.encode())
         elif not added[i].special:
             token_bytes_V[i] = len(token.encode())
@@ -252,6 +264,7 @@ def _wrap(name: str, backend: tokenizers.Tokenizer, end: str, ends=()) -> Tokeni
         begin=begin,
         close=close,
         token_bytes_V=token_bytes_V,
+        lead=(vocab[metaspace.SPACE],) if spaced and metaspace.SPACE in vocab else (),
         backend=backend,
     )
 

@@ -121,7 +121,8 @@ def _write(path: Path, title: str, split: Split, stretches: Stream, tokenizer: T
         _write_header(file, dtype, 0)
         starts = bare = True  # bare: no token of the document has been written, so none is scored
         for batch in _batches(stretches):
-            rows = tokenizer.encode_batch([text for text, _ in batch])
+            begun = [starts, *(ends for _, ends in batch[:-1])]
+            rows = tokenizer.encode_batch([text for text, _ in batch], begun)
             for ids_n, (_, ends) in zip(rows, batch, strict=True):
                 row = [begin[: starts * len(begin)], ids_n, close[: ends * len(close)]]
                 row_n = np.concatenate(row).astype(token)

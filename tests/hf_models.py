@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+import tokenizers.decoders
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from bitnet_jax import generate, gguf, hf, loss, quant, tokenizer
+from bitnet_jax import generate, gguf_vocab, hf, loss, quant, tokenizer
 from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig, UserError
 from bitnet_jax.data import Batch
 from bitnet_jax.hf_files import INDEX, WEIGHTS
@@ -58,6 +60,17 @@ SHAPES = {
         "tied_embedding": False,
         "rope_theta": 10_000.0,
     },
+    "llama 3, scaled rotary": {
+        "layout": "llama",
+        "activation": "silu",
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "n_kv_heads": 1,
+        "d_ff": 48,
+        "rope_theta": 100.0,
+        "rope_scaling": "llama3:8,1,4,32",
+    },
     "llama, gelu, tied": {
         "layout": "llama",
         "activation": "gelu_pytorch_tanh",
@@ -81,7 +94,7 @@ def cut_as(like: tokenizer.Tokenizer, way: str) -> tokenizer.Tokenizer:
     """The same vocabulary and merges behind words that are cut in another way."""
     tree = json.loads(like.backend.to_str())
     plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    words = {"type": "Split", "pattern": {"Regex": gguf.LLAMA_3}, "behavior": "Isolated"}
+    words = {"type": "Split", "pattern": {"Regex": gguf_vocab.LLAMA_3}, "behavior": "Isolated"}
     parts = {
         "gpt-2": [plain | {"use_regex": True}],
         "whole words": [plain | {"use_regex": True}],
@@ -98,9 +111,56 @@ def cut_as(like: tokenizer.Tokenizer, way: str) -> tokenizer.Tokenizer:
     return replace(like, backend=backend)
 
 
+WORDS = "the cat sat on the mat, and the dog ran on. It's a day's way away, they say. é日本 " * 3
+
+
+def sentencepiece_like(way: str = "prepend", complete: bool = True) -> tokenizers.Tokenizer:
+    """As Llama 2 has one: three special tokens, 256 bytes, pieces, their merges, one before a text.
+
+    The space before a text is put there by the normaliser, as in its tokenizer.json (`prepend`), or
+    as transformers 5 saves it (`metaspace`). Without `complete` each piece has one merge alone.
+    """
+    pieces = "▁t he ▁a at ▁the the ▁s on an ▁c ▁cat cat ▁sat ▁d ▁o ▁on ▁m mat ▁mat ay nd ▁an ▁and"
+    pieces = [*pieces.split(), "▁▁", "▁da", "▁day", "▁they", "▁▁▁▁"]
+    chars = sorted({*WORDS.replace(" ", "▁")} - {*"é日本"})
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces, *chars]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for piece in pieces:
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        known = [pair for pair in splits if vocab.keys() >= {*pair}]
+        merges += known if complete else known[-1:]
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    strip = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()]
+    strip += [tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    backend.decoder = tokenizers.decoders.Sequence(strip)
+    if way == "prepend":
+        replace = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(replace)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return backend
+
+
+def save_sentencepiece_like(folder: Path, **how) -> tokenizer.Tokenizer:
+    """In a folder, as transformers has it, and as it is read."""
+    folder.mkdir(exist_ok=True, parents=True)
+    sentencepiece_like(**how).save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = named | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer.load_folder(folder)
+
+
 def random_model(shape: dict, seed: int) -> tuple[Config, dict]:
     """A configuration, and random parameters."""
-    cfg = Config(ModelConfig(vocab_size=V, **shape), DataConfig(seq_len=128))
+    cfg = Config(ModelConfig(**{"vocab_size": V} | shape), DataConfig(seq_len=128))
     tokens_BL, rng = jnp.zeros((1, 2), jnp.int32), np.random.default_rng(seed)
     init = Transformer(cfg.model).init
     tree = jax.eval_shape(lambda: init(jax.random.key(0), tokens_BL, Hyper())["params"])

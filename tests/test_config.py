@@ -65,6 +65,8 @@ def test_fields_of_a_section_change_together():
         ("hyper.lr=1", ["lr;", "lr_peak", "act_quant"]),
         ("model.d_model=wide", ["model.d_model", "wide", "a whole number"]),
         ("model.d_model=1.5", ["model.d_model", "1.5", "a whole number"]),
+        ("model.rope_scaling=yarn:2", ["model.rope_scaling", "yarn:2", "llama3:8,1,4,8192"]),
+        ("model.rope_scaling=llama3:8,4,1,9", ["model.rope_scaling", "LOW < HIGH"]),
         ("model.rope_theta=big", ["model.rope_theta", "big", "a number"]),
         ("model.vocab_size=many", ["model.vocab_size", "many", "a whole number"]),
         ("hyper.lr_peak=hot", ["hyper.lr_peak", "hot", "a number"]),

@@ -199,6 +199,7 @@ def test_predict_needs_counts_and_flags_alone(bitnet, tmp_path):
     [
         ("--counts", "/nowhere"),
         ("--optimizer", "adam"),
+        ("--lr", "1e-3"),
         (*COUNTS, "--weight-decay", "-1"),
         (*COUNTS, "--warmup", "101"),
         (*COUNTS, "--clip", "0"),

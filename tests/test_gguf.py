@@ -124,6 +124,7 @@ def test_tokens_their_kinds_and_those_that_end_a_text(tmp_path, tokenizer):
         (SMALL | {"tied_embedding": False}, {}, {}, "model.tied_embedding=false"),
         (SMALL | {"layout": "report"}, {}, {}, "model.layout=report"),
         (SMALL | {"output_bias": True}, {}, {}, "model.output_bias=true"),
+        (SMALL | {"rope_scaling": "llama3:8,1,4,32"}, {}, {}, "model.rope_scaling=llama3:8,1,4,32"),
         (SMALL, {"logit_scale": 0.5}, {}, "hyper.logit_scale=0.5"),
         (SMALL, {"weight_quant": 0.5}, {}, "hyper.weight_quant=0.5"),
         (SMALL, {}, {"kind": "tq2_0"}, "d_model=24, model.d_ff=48.*nearest: model.d_model=256, mo"),
@@ -142,8 +143,16 @@ def test_what_llama_cpp_cannot_express_is_refused(tmp_path, tokenizer, shape, hy
 
 
 def test_relu2_is_written_for_the_fork_that_is_named(tmp_path, tokenizer):
-    shape = SMALL | {"activation": "relu2"}
+    """With what the fork's loader takes beyond llama.cpp's `bitnet`: a head, scaled frequencies."""
+    shape = SMALL | {"activation": "relu2", "tied_embedding": False}
+    shape |= {"rope_scaling": "llama3:8,1,4,32"}
     reader = written(tmp_path, tokenizer, shape, kind="f16", fork="ik_llama.cpp")[2]
+    of_block = ("attn_norm", "attn_sub_norm", "attn_q", "attn_k", "attn_v", "attn_output",
+                "ffn_norm", "ffn_sub_norm", "ffn_gate", "ffn_up", "ffn_down")  # fmt: skip
+    names = {"token_embd", "output_norm", "output", "rope_freqs"}
+    names |= {f"blk.0.{name}" for name in of_block}
+    assert {tensor.name for tensor in reader.tensors} == {f"{name}.weight" for name in names}
+    assert values(reader)["rope_freqs.weight"].tolist() == [1, 8, 8]
     assert key(reader, "general.architecture") == "bitnet-b1.58"
     assert key(reader, "bitnet-b1.58.block_count") == 1
     with pytest.raises(UserError, match="ternary types of its own"):
@@ -185,3 +194,29 @@ def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path, tokenizer):
         with pytest.raises(UserError, match="cuts text into words in a way that is not known"):
             other = hf_models.cut_as(tokenizer, way)
             gguf.export(tmp_path / "m.gguf", cfg, params, Hyper(), other, kind="f16")
+
+
+def test_the_tokenizer_of_sentencepiece_has_scores_and_bytes(tmp_path):
+    spm = hf_models.save_sentencepiece_like(tmp_path / "hf")
+    cfg, params = hf_models.random_model(SMALL | {"vocab_size": spm.vocab_size + 2}, 0)
+    gguf.export(tmp_path / "m.gguf", cfg, params, Hyper(), spm, kind="f16")
+    reader = library.GGUFReader(tmp_path / "m.gguf")
+    ggml = {name: key(reader, f"tokenizer.ggml.{name}") for name in (
+        "model", "tokens", "token_type", "scores", "add_space_prefix", "add_bos_token",
+        "bos_token_id", "eos_token_id",
+    )}  # fmt: skip
+    assert [ggml[name] for name in ("model", "add_space_prefix", "add_bos_token")] == [
+        "llama", True, True
+    ]  # fmt: skip
+    assert (ggml["bos_token_id"], ggml["eos_token_id"]) == (1, 2)
+    assert ggml["token_type"][:4] == [2, 3, 3, 6] and ggml["token_type"][-2:] == [5, 5]
+    score = dict(zip(ggml["tokens"], ggml["scores"], strict=True))
+    assert score["▁t"] == 0 > score["▁the"] > score["t"] == -1000
+    assert ggml["tokens"][3 + 65] == "<0x41>"
+
+
+def test_merges_that_are_not_sentencepieces_are_refused(tmp_path):
+    cfg, params = hf_models.random_model(SMALL | {"vocab_size": 400}, 0)
+    spm = hf_models.save_sentencepiece_like(tmp_path / "hf", complete=False)
+    with pytest.raises(UserError, match="merges in another way"):
+        gguf.export(tmp_path / "m.gguf", cfg, params, Hyper(), spm, kind="f16")

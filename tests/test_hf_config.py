@@ -10,8 +10,8 @@ import pytest
 import transformers
 from hf_models import LATENTS, PACKED, TIED, edit_json, message, shard, tensors_of
 
-from bitnet_jax import hf
-from bitnet_jax.config import UserError
+from bitnet_jax import hf, hf_config
+from bitnet_jax.config import UserError, rope_scaling_numbers
 from bitnet_jax.hf_files import INDEX, WEIGHTS
 
 CONFIG = json.loads((LATENTS / "config.json").read_text())
@@ -27,6 +27,9 @@ def copy(tmp_path):
         return Path(shutil.copytree(source, tmp_path / "folder"))
 
     return copy
+
+
+SCALED = {"rope_type": "llama3"} | dict(zip(hf_config.LLAMA3, (8.0, 1.0, 4.0, 16), strict=True))
 
 
 def kept(*names):
@@ -47,6 +50,8 @@ def kept(*names):
         {"rope_theta": 7.5, "rope_parameters": {"rope_theta": 9.5}, "rope_scaling": None},
         {"rope_theta": 7.5, "rope_scaling": {"type": "default"}},
         {"rope_theta": 7.5, "rope_scaling": {"rope_type": "default", "rope_theta": 8}},
+        {"rope_theta": 7.5, "rope_scaling": SCALED},
+        {"rope_parameters": SCALED | {"rope_theta": 8}},
         {"tie_word_embeddings": ...},
         {"rms_norm_eps": ...},
         {"rms_norm_eps": 1e-6},
@@ -68,6 +73,8 @@ def test_the_same_model_as_transformers_reads(copy, changes):
     theirs = transformers.BitNetConfig.from_pretrained(folder)
     model = cfg.model
     assert model.rope_theta == theirs.rope_parameters["rope_theta"]
+    scaled = [theirs.rope_parameters.get(key) for key in hf_config.LLAMA3]
+    assert list(rope_scaling_numbers(model.rope_scaling) or [None] * 4) == scaled
     assert model.tied_embedding == theirs.tie_word_embeddings
     assert model.norm_eps == theirs.rms_norm_eps and model.dtype == theirs.dtype
     assert cfg.data.seq_len == theirs.max_position_embeddings
@@ -146,6 +153,11 @@ HUGE = 10**30
         ({"head_dim": 8}, "head_dim=8"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters={'rope_type': 'yarn'}"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling={'factor': 2, 'type':"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "low_freq_factor=None: a number"),
+        (
+            {"rope_scaling": dict.fromkeys(hf_config.LLAMA3, 2) | {"rope_type": "llama3"}},
+            "model.rope_scaling=llama3:2,2,2,2",
+        ),
         ({"rope_parameters": [1]}, "rope_parameters=[1]: an object"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta='1e4'"),
         ({"rope_parameters": ..., "rope_theta": 1e39}, "rope_theta=1e+39: a number"),

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import html
 import json
 import math
 import struct
@@ -14,7 +15,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
-from bitnet_jax import diagnosis, history, history_page
+from bitnet_jax import diagnosis, elsewhere, forecast, history, history_page
 from bitnet_jax.cli import predict
 from bitnet_jax.config import UserError
 
@@ -379,15 +380,89 @@ def test_flags_that_do_not_go_together_are_one_line(bitnet, arguments, tmp_path,
     assert status == 2 and err.count("\n") == 1
 
 
-def test_the_settings_of_a_log_make_the_command_that_predicts_its_decay():
-    settings = {"optim": "torch.optim.Adam", "weight_decay": 0.1, "learning_rate": 1e-3}
-    settings |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "lr_scheduler_type": "linear"}
-    words = diagnosis.predict_command(settings).split()
+SETTINGS = {
+    "optim": "torch.optim.Adam", "weight_decay": 0.1, "learning_rate": 1e-3, "adam_beta1": 0.9,
+    "adam_beta2": 0.95, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1,
+    "max_steps": 300, "hidden_size": 64, "max_grad_norm": 0.0, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_settings_of_a_log_are_values_of_predict():
+    assert elsewhere.of_log(SETTINGS) == {
+        "optimizer": "adam", "weight_decay": 0.1, "lr": 1e-3, "betas": "0.9,0.95", "steps": 300,
+        "schedule": "constant", "warmup": 30, "width": 64, "tied": True,
+    }  # fmt: skip
+    wrong = {"weight_decay": "auto", "max_steps": -1, "learning_rate": math.nan, "optim": "lion"}
+    assert elsewhere.of_log(wrong | {"lr_scheduler_type": "polynomial"}) == {}
+    assert elsewhere.family("paged_adamw_8bit") == "adamw" and not elsewhere.couples(wrong)
+
+
+def test_the_command_for_a_log_is_one_that_predict_takes():
+    words = elsewhere.command(elsewhere.of_log(SETTINGS)).replace("TOKENS_PER_BATCH", "512").split()
     parser = argparse.ArgumentParser()
-    predict._add_setting(parser.add_argument)
+    parser.add_argument("--optimizer")
     parser.add_argument("--counts")
-    filled = {"STEPS": "300", "D": "64", "N": "512"}
-    args = parser.parse_args([filled.get(word, word) for word in words[2:]])
-    assert (args.weight_decay, args.lr, args.betas, args.steps) == (0.1, 1e-3, "0.9,0.95", 300)
-    predict.check_setting(args)
-    assert diagnosis.predict_command(settings | {"optim": "adamw_torch"}) is None
+    predict.add_setting(parser.add_argument)
+    args = parser.parse_args(words[2:])
+    values = {"optimizer": args.optimizer} | predict.given(args)
+    assert values == elsewhere.of_log(SETTINGS) | {"tokens_per_batch": 512}
+    elsewhere.check(values)
+
+
+def test_the_prediction_of_a_log_is_that_of_predict(bitnet, tmp_path):
+    """Of the fixture with torch.optim.Adam, whose rate is constant after 20 steps of warm-up."""
+    counts, page = tmp_path / "counts.txt", tmp_path / "page.html"
+    counts.write_text("".join(f"{10**6 // n}\n" for n in range(1, 1025)))
+    rates = tmp_path / "rates.txt"
+    logged = history.read(FOREIGN / "adam").columns["lr"]
+    pairs = zip(logged.steps_N, logged.values_N, strict=True)
+    rates.write_text("".join(f"{step},{rate}\n" for step, rate in pairs))
+    known = ("--optimizer", "adam", "--weight-decay", "0.1", "--counts", counts)
+    known += ("--tokens-per-batch", "512")
+    of_log = ("triage", "--log", FOREIGN / "adam", "--page", page, *known)
+    status, told, _ = bitnet(*of_log)
+    shape = ("--steps", "300", "--width", "64", "--layers", "2", "--ff", "128", "--clip", "1")
+    _, alone, _ = bitnet("predict", *known, *shape, "--init", "normal:0.02", "--lr-file", rates)
+    said = alone.splitlines()[1:]
+    assert status == 1 and "  expected: collapse" in said
+    assert set(said) <= set(told.splitlines())
+    assert all(html.escape(line.strip()) in page.read_text() for line in said)
+    _, told, _ = bitnet(*of_log[:-2])  # without the tokens of a batch
+    line = next(line for line in told.splitlines() if line.startswith(elsewhere.TITLE))
+    assert "--tokens-per-batch" in line and "expected:" not in told
+
+
+def test_a_checkpoint_folder_says_the_models_shape(tmp_path):
+    state = json.loads((FOREIGN / "adam_trainer_state.json").read_text())
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "initializer_range": 0.02}')
+    assert history.read(tmp_path).settings == {
+        "max_steps": 300, "hidden_size": 64, "initializer_range": 0.02
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--width", "0"), "--width 0"),
+        (("--betas", "0.9"), "--betas 0.9"),
+        (("--init", "normal"), "--init normal"),
+        (("--weight-decay", "-1"), "--weight-decay -1"),
+        (("--schedule", "cosin"), "two-stage"),
+        (("--warmup", "900"), "--warmup 900"),
+        (("--lr-file", "/nowhere"), "/nowhere"),
+    ],
+)
+def test_a_setting_that_makes_no_run_is_one_line(bitnet, tmp_path, wrong, told):
+    """Even where more is missing."""
+    page = tmp_path / "page.html"
+    status, _, err = bitnet("triage", "--log", FOREIGN / "loop.csv", "--page", page, *wrong)
+    assert status == 2 and told in err and err.count("\n") == 1 and not page.exists()
+
+
+def test_an_optimiser_that_predict_does_not_know_is_named():
+    assert "lion" in elsewhere.prediction({}, (), None, "lion")[0]
+    assert elsewhere.prediction({}, (), None) == []
+    assert tuple(forecast.SCHEDULES) == predict.SCHEDULES and {*predict.SETTING} == {
+        *elsewhere.DEFAULTS
+    }

@@ -4,7 +4,10 @@ import json
 import os
 import struct
 import subprocess
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +37,36 @@ def test_a_resumed_file_ends_at_the_step(tmp_path):
     metrics.write([row(15, 1)])
     assert path.read_text() == kept + lines(row(15, 1))
     metrics.close()
+
+
+@pytest.mark.parametrize("kind", ["trackio", "wandb"])
+def test_a_tracker_gets_the_numbers_of_every_replicate(tmp_path, monkeypatch, kind):
+    """As both packages take them: `init` gives a run with `log` and `finish`."""
+    told = []
+    tracked = SimpleNamespace(
+        log=lambda numbers, step: told.append((step, numbers)), finish=lambda: told.append("end")
+    )
+    begun = []
+    fake = ModuleType(kind)
+    fake.__spec__ = ModuleSpec(kind, None)
+    fake.init = lambda **how: begun.append(how) or tracked
+    monkeypatch.setitem(sys.modules, kind, fake)
+    log.check_tracker(kind)
+    for replicates, prefix in ((REPLICATES, "published 0/"), (REPLICATES[1:], "")):
+        tracker = log.Tracker(kind, tmp_path, {"model": 1}, replicates)
+        numbers = {"eval/loss": 2.5, "collapse/verdict": "slow", "collapse/warnings": ["x"]}
+        tracker.write([row(5, len(replicates) - 1, **numbers)])
+        tracker.close()
+        assert told[-2:] == [(5, {f"{prefix}eval/loss": 2.5}), "end"]
+    assert begun[0] == begun[1] and begun[0]["resume"] == "allow"
+    assert ("id" in begun[0]) == (kind == "wandb") and begun[0]["name"].startswith(tmp_path.name)
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"run\.tracker=trackio: not installed; pip"):
+        log.check_tracker("trackio")
+    log.check_tracker("none")
 
 
 def test_a_new_file_is_empty(tmp_path):

@@ -12,7 +12,15 @@ from scipy.special import logsumexp
 
 from bitnet_jax import presets
 from bitnet_jax.config import Hyper, ModelConfig
-from bitnet_jax.model import Transformer, bit_linear, glu, kernel_init, rms_norm, rope
+from bitnet_jax.model import (
+    Transformer,
+    bit_linear,
+    glu,
+    kernel_init,
+    rms_norm,
+    rope,
+    rope_factors,
+)
 
 LAYOUTS = ("b158", "llama", "report")
 SMALL = {
@@ -330,6 +338,21 @@ def test_rope_turns_pair_i_of_a_head_by_position_over_theta_to_the_i():
     angle = 3 * 10.0 ** (-np.arange(3) / 3)
     want = np.concatenate([np.cos(angle), np.sin(angle)])
     np.testing.assert_allclose(rope(x, 10.0)[0, 3, 0], want, rtol=1e-6)
+
+
+def test_scaled_rotary_frequencies_by_hand():
+    """Waves of 1, 4 and 16 positions times 2 pi; 8 pi positions: they fit 4 times, once, 1/4."""
+    scaling = f"llama3:5,0.5,2,{8 * np.pi}"
+    blend = (1 - 0.5) / (2 - 0.5)
+    want = [1, 1 / ((1 - blend) / 5 + blend), 5]
+    np.testing.assert_allclose(rope_factors(6, 64.0, scaling), want, rtol=1e-6)
+    x = jnp.zeros((1, 4, 1, 6)).at[..., :3].set(1.0)
+    angle = 3 * 64.0 ** (-np.arange(3) / 3) / np.array(want)
+    np.testing.assert_allclose(
+        rope(x, 64.0, scaling=scaling)[0, 3, 0],
+        np.concatenate([np.cos(angle), np.sin(angle)]),
+        rtol=1e-6,
+    )
 
 
 def test_rms_norm_and_relu2_by_hand():

@@ -3,12 +3,13 @@
 import json
 import sys
 
+import hf_models
 import huggingface_hub
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from bitnet_jax import tokenizer
+from bitnet_jax import tokenizer, tokens
 from bitnet_jax.config import UserError
 
 TEXT = "Zoë said 「日本」 🙂,\r\n\tand then:   x = 'don't'  \n\n"
@@ -413,3 +414,44 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"file/cache: .*BITNET_JAX_CACHE"):
         train()
+
+
+# SentencePiece
+
+
+@pytest.mark.parametrize("way", ["prepend", "metaspace"])
+def test_a_sentencepiece_tokenizer_loses_nothing_and_counts_bytes(tmp_path, way):
+    spm = hf_models.save_sentencepiece_like(tmp_path / "hf", way=way)
+    assert (spm.begin, spm.close, spm.end_of_text) == ((1,), (2,), 2)
+    for text in (TEXT, "the cat", "\x00\x1f\u2028", "they\n\n  say"):
+        ids = spm.encode_batch([text])[0]
+        assert spm.decode(ids) == " " + text  # the space before a text
+        assert spm.token_bytes_V[ids].sum() == 1 + len(text.encode())
+    assert spm.token_bytes_V[[0, 1, 2, 3 + 10]].tolist() == [0, 0, 0, 1]
+    assert spm.decode(spm.encode_batch(["the cat"])[0][1:]).startswith(" cat")
+
+
+@pytest.mark.parametrize("way", ["prepend", "metaspace"])
+def test_stretches_of_a_document_have_the_tokens_of_the_whole(tmp_path, way, monkeypatch):
+    spm = hf_models.save_sentencepiece_like(tmp_path / "hf", way=way)
+    monkeypatch.setattr(tokens, "PIECE_CHARS", 20)
+    monkeypatch.setattr(tokens, "MOST_CHARS", 40)
+    text = hf_models.WORDS
+    found = [piece for piece, _ in tokens.pieces([(text, True)], spm)]
+    assert len(found) > 3 and "".join(found) == text
+    rows = spm.encode_batch(found, [True] + [False] * (len(found) - 1))
+    np.testing.assert_array_equal(np.concatenate(rows), spm.encode_batch([text])[0])
+
+
+def test_a_folder_with_tokenizer_model_alone_is_told_how_to_go_on(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    assert "save_pretrained(FOLDER)" in error_of(f"hf:{tmp_path}")
+
+
+def test_a_sentencepiece_model_that_drops_unknown_characters_is_refused(tmp_path):
+    backend = hf_models.sentencepiece_like()
+    tree = json.loads(backend.to_str())
+    tree["model"]["byte_fallback"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert "with byte fallback" in error_of(f"hf:{tmp_path}")

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int | None:
         "--fork",
         metavar="NAME",
         help="write relu2, which llama.cpp would compute wrong, for a program that has it: "
-        "ik_llama.cpp",
+        "ik_llama.cpp (--type f16 or f32; checked against its sources, not run there)",
     )
     add.set_defaults(command=export_gguf)
     add = kinds.add_parser("check", help="say what a folder holds and evaluate it")
@@ -86,7 +86,8 @@ def export(args: Namespace) -> None:
         card=run_card(*restore.checkpoint_place(args.source)) if of_run else None,
     )
     size = sum(path.stat().st_size for path in args.folder.iterdir())
-    kind = "packed ternary weights" if args.packed else "master weights"
+    weights = "master weights" if float(model.hyper.weight_quant) else "dense weights"
+    kind = "packed ternary weights" if args.packed else weights
     print(f"{model.label}: {kind} in {args.folder}, {size / 1e6:.1f} MB")
 
 

@@ -10,13 +10,17 @@ takes seconds.
         --schedule cosine --width 256 --layers 4 --tokens-per-batch 4096 --counts counts.txt
 """
 
-import math
 from pathlib import Path
 
 from bitnet_jax.cli import flags
 
-NEEDED = ("lr", "steps", "width", "tokens_per_batch")  # of another framework's run
-OPTIMIZERS, DECAYED = ("adam", "adamw"), ("all", "matrices", "no-norms")
+OPTIMIZERS = ("adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine", "two-stage")
+DECAYED = ("all", "matrices", "no-norms")
+SETTING = (  # flags of `add_setting`, but --lr-file
+    *("weight_decay", "decay_on", "lr", "warmup", "schedule", "steps", "betas", "eps", "clip"),
+    *("tokens_per_batch", "init", "tied", "ternary", "width", "layers", "ff"),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -26,18 +30,25 @@ def main(argv: list[str]) -> int:
     add("--text", metavar="GLOB", help="files whose token frequencies count")
     add("--counts", type=Path, metavar="FILE", help="counts of the vocabulary's tokens "
         "in the training text: .npy, JSON, or one a line")  # fmt: skip
-    _add_setting(add)
+    add("--optimizer", choices=OPTIMIZERS, help="of another framework's run: where the decay acts, "
+        "inside Adam, or AdamW; the flags below say the rest")  # fmt: skip
+    add_setting(add)
     args = parser.parse_args(argv)
     request = flags.resolve(args, "predict")
-    if args.optimizer:
-        check_setting(args)
 
-    from bitnet_jax import forecast
+    from bitnet_jax import elsewhere, forecast
+
+    values = {"optimizer": args.optimizer} | given(args)
+    if args.optimizer:
+        elsewhere.check(values, args.lr_file is not None)
+    elif named := [*given(args), *["lr_file"] * (args.lr_file is not None)]:
+        parser.error(f"{elsewhere.flag(named[0])} is of another framework's run: add --optimizer")
 
     flags.prepare()
     text = frequencies(args, request.cfg)
     if args.optimizer:
-        found = {"this setting": setting_of(args, *text)}
+        points = points_of(args.lr_file) if args.lr_file else ()
+        found = {"this setting": elsewhere.setting_of(values, *text, points)}
     else:
         found = {
             rep.name: forecast.of_run(request.cfg, rep.hyper, *text) for rep in request.replicates
@@ -47,46 +58,32 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _add_setting(add) -> None:
-    """The flags of another framework's run; --optimizer says that they are meant."""
-    add("--optimizer", choices=OPTIMIZERS, help="where the decay acts: inside Adam, or AdamW")
-    add("--weight-decay", type=float, default=0.1, help="(default: 0.1)")
-    add("--decay-on", choices=DECAYED, default="all", help="parameters that decay (default: all)")
+def add_setting(add) -> None:
+    """The flags of another framework's run but --optimizer; what is not given is None."""
+    add("--weight-decay", type=float, metavar="X", help="(default: 0.1)")
+    add("--decay-on", choices=DECAYED, help="parameters that decay (default: all)")
     add("--lr", type=float, help="peak of the learning rate")
-    add("--warmup", type=int, default=0, metavar="STEPS", help="(default: 0)")
-    add("--schedule", default="constant", help="constant | linear | cosine | two-stage")
+    add("--warmup", type=int, metavar="STEPS", help="(default: 0)")
+    add("--schedule", choices=SCHEDULES, help="after the warm-up (default: constant)")
     add("--lr-file", type=Path, help="instead of --lr and --schedule: lines STEP,LR")
     add("--steps", type=int, help="updates of the whole run")
-    add("--betas", default="0.9,0.999", metavar="B1,B2", help="(default: 0.9,0.999)")
-    add("--eps", type=float, default=1e-8, help="(default: 1e-8)")
-    add("--clip", type=float, default=math.inf, help="norm that gradients are clipped to")
+    add("--betas", metavar="B1,B2", help="(default: 0.9,0.999)")
+    add("--eps", type=float, help="(default: 1e-8)")
+    add("--clip", type=float, help="norm that gradients are clipped to")
     add("--tokens-per-batch", type=int, help="of one update")
     add("--init", metavar="KIND:SIZE", help="of the output matrix: uniform:BOUND (default: "
         "1 / sqrt(width)) or normal:DEVIATION")  # fmt: skip
-    add("--tied", action="store_true", help="the embedding is the output matrix")
-    add("--ternary", action="store_true", help="matrices are ternary, as in BitNet b1.58")
+    add("--tied", action="store_true", default=None, help="the embedding is the output matrix")
+    add("--ternary", action="store_true", default=None,
+        help="matrices are ternary, as in BitNet b1.58")  # fmt: skip
     add("--width", type=int, help="of the residual stream")
-    add("--layers", type=int, default=4, help="(default: 4)")
+    add("--layers", type=int, help="(default: 4)")
     add("--ff", type=int, help="width of the feed-forward layer (default: 4 x width)")
 
 
-def check_setting(args) -> None:
-    """Raise UserError for what is missing or makes no run."""
-    from bitnet_jax.config import UserError
-
-    for name in NEEDED:
-        if getattr(args, name) is None and not (name == "lr" and args.lr_file):
-            raise UserError(f"--{name.replace('_', '-')} is missing: --optimizer needs it")
-    for name in ("lr", "weight_decay", "eps", "clip"):
-        value = getattr(args, name)
-        if value is not None and (math.isnan(value) or value < 0 or (name == "clip" and not value)):
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be positive")
-    for name in ("steps", "width", "tokens_per_batch", "layers", "ff"):
-        value = getattr(args, name)
-        if value is not None and not 1 <= value < 2**31:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must lie in 1 .. {2**31 - 1}")
-    if not 0 <= args.warmup <= args.steps:
-        raise UserError(f"--warmup {args.warmup}: must lie in 0 .. --steps ({args.steps})")
+def given(args) -> dict:
+    """Values of the flags of `add_setting` that were given."""
+    return {name: value for name in SETTING if (value := getattr(args, name)) is not None}
 
 
 def frequencies(args, cfg):
@@ -104,64 +101,15 @@ def frequencies(args, cfg):
     return forecast.frequencies(tokens.train_N, tokens.tokenizer.vocab_size)
 
 
-def setting_of(args, probs_V, context: float):
-    """The setting that the flags describe, and its decay inside Adam; raises UserError."""
-    import numpy as np
-
-    from bitnet_jax import forecast, shrink
-
-    width, all_, steps = args.width, args.decay_on == "all", args.steps
-    if args.lr_file:
-        rates_T = forecast.rates_through(points_of(args.lr_file), steps)
-    else:
-        rates_T = forecast.rates(args.schedule, args.lr, args.warmup, steps)
-    beta1, beta2 = _pair(args.betas)
-    uniform, size = _init(args.init or f"uniform:{width**-0.5}")
-    fan_in, fan_out = forecast.fans(width, args.layers, args.ff or 4 * width)
-    rest = float(args.decay_on != "matrices")
-    # torch's defaults: an embedding of N(0, 1), matrices that keep a third of a variance of 1.
-    stream = math.sqrt((size**2 if args.tied else 1) + args.layers * 2 / 3)
-    setting = shrink.Setting(
-        probs_V, rates_T, np.ones(steps), width, args.tokens_per_batch, fan_in, fan_out, size,
-        uniform, context=context, stream=stream, ternary=args.ternary, beta1=beta1,
-        beta2=beta2, eps=args.eps, clip=args.clip, decay_head=rest, decay_norm=float(all_),
-        decay_embedding=rest,
-    )  # fmt: skip
-    return setting, args.weight_decay if args.optimizer == "adam" else 0.0
-
-
 def points_of(path: Path) -> list[tuple[float, float]]:
     """(step, rate) of every line STEP,LR; raises UserError."""
+    from bitnet_jax import elsewhere
     from bitnet_jax.config import UserError, shown
 
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"--lr-file {path}: {error.strerror}") from error
-    return [_pair(line, f"--lr-file {path}: {shown(line)!r}") for line in lines if line.strip()]
-
-
-def _pair(text: str, what: str | None = None) -> tuple[float, float]:
-    from bitnet_jax.config import UserError
-
-    try:
-        first, second = map(float, text.split(","))
-    except ValueError:
-        first = second = math.nan
-    limit = math.inf if what else 1
-    if not (0 <= first < math.inf and 0 <= second < limit and first < limit):
-        raise UserError(f"{what or f'--betas {text}'}: use two numbers FIRST,SECOND")
-    return first, second
-
-
-def _init(text: str) -> tuple[bool, float]:
-    from bitnet_jax.config import UserError
-
-    kind, _, size = text.partition(":")
-    try:
-        value = float(size)
-    except ValueError:
-        value = math.nan
-    if kind not in ("uniform", "normal") or not 0 < value < math.inf:
-        raise UserError(f"--init {text}: use uniform:BOUND or normal:DEVIATION")
-    return kind == "uniform", value
+    return [
+        elsewhere.pair(line, f"--lr-file {path}: {shown(line)!r}") for line in lines if line.strip()
+    ]

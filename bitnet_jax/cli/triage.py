@@ -7,7 +7,9 @@ is not there are left out, and named.
 
 Of a log (--log): the verdict on its losses and whatever else it holds, beside what predictions
 without context would lose on the same text, and a page with the curves. Logs are trainer_state.json
-of transformers, JSONL, CSV (also exported from W&B), and event files of TensorBoard.
+of transformers, JSONL, CSV (also exported from W&B), and event files of TensorBoard. Where the log
+and the flags from --optimizer on name Adam's settings, and --text or --counts the text, what
+`bitnet predict` says of them stands beside the verdict.
 
 The exit status is 1 when a cause, or an alarm, is found.
 
@@ -17,15 +19,16 @@ The exit status is 1 when a cause, or an alarm, is found.
     bitnet triage --log out/checkpoint-500 --text 'mine/*.txt' --tokenizer hf:out
     bitnet triage --log wandb.csv --vocab-size 50257 --unigram-loss 7.1
     bitnet triage --log metrics.csv --map loss=ce --map step=it --counts counts.npy
+    bitnet triage --log out --counts counts.npy --optimizer torch.optim.Adam --weight-decay 0.1 \\
+        --width 256 --layers 4 --tokens-per-batch 4096
 """
 
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
-from bitnet_jax.cli import flags
+from bitnet_jax.cli import flags, predict
 
-OF_A_LOG = ("map", "counts", "vocab_size", "unigram_loss", "tokenizer", "page")
-OF_A_LOG += ("optimizer", "weight_decay")
+OF_A_LOG = ("map", "counts", "vocab_size", "unigram_loss", "tokenizer", "page", "optimizer")
 
 
 def main(argv: list[str]) -> int:
@@ -53,13 +56,16 @@ def parse(argv: list[str]) -> Namespace:
     add("--vocab-size", type=_above(1, int), metavar="N", help="tokens of the vocabulary")
     add("--unigram-loss", type=_above(0, float), metavar="NATS", help="entropy of the training "
         "text's word frequencies, nats per token, instead of both")  # fmt: skip
-    add("--optimizer", metavar="NAME", help="where the log does not say it, or says it wrongly")
-    add("--weight-decay", type=float, metavar="X", help="likewise")
     add("--page", type=Path, metavar="FILE", help="where the page is written (default: beside it)")
+    add = parser.add_argument_group(
+        "its settings, where the log does not say them, or says them wrongly"
+    ).add_argument
+    add("--optimizer", metavar="NAME", help="such as AdamW, or torch.optim.Adam")
+    predict.add_setting(add)
     args = parser.parse_args(argv)
     if bool(args.source) == bool(args.log):
         parser.error("give a SOURCE or --log FILE, one of them")
-    for name in () if args.log else OF_A_LOG:
+    for name in () if args.log else (*OF_A_LOG, *predict.SETTING, "lr_file"):
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is for --log FILE")
     if args.log:
@@ -118,11 +124,38 @@ def of_log(args: Namespace) -> bool:
     else:
         references = diagnosis.of_numbers(args.vocab_size, args.unigram_loss)
     result = diagnosis.diagnose(run, references)
+    told = prediction(args, run)
     path = args.page or place(args.log)
-    history_page.write_page(path, run, result, references)
-    print(printable("\n".join(diagnosis.lines(run, result, references))))
+    history_page.write_page(path, run, result, references, told)
+    print(printable("\n".join(diagnosis.lines(run, result, references, told))))
     print(printable(f"page: {path}"))
     return result.alarm
+
+
+def prediction(args: Namespace, run) -> list[str]:
+    """What `bitnet predict` says of a logged run; see `elsewhere.prediction`.
+
+    Rates are those of --lr-file, else as --lr gives them, else as they were logged.
+    """
+    from bitnet_jax import elsewhere
+    from bitnet_jax.config import Config, DataConfig
+
+    given = predict.given(args)
+    values = {"steps": run.last_step} | elsewhere.of_log(run.settings)
+    values["warmup"] = min(values.get("warmup", 0), values["steps"])  # of a run that is cut short
+    values |= given
+    points = predict.points_of(args.lr_file) if args.lr_file else ()
+    if "lr" in run.columns and not points and "lr" not in given:
+        logged = run.columns["lr"].finite()
+        if len(logged.steps_N) > 1:
+            points = list(zip(logged.steps_N, logged.values_N, strict=True))
+            values["lr"] = float(logged.values_N.max())
+    cfg = Config()
+    if args.text:
+        cfg = Config(data=DataConfig(tokenizer=args.tokenizer))
+    counted = bool(args.text or args.counts)
+    text = (lambda: predict.frequencies(args, cfg)) if counted else None
+    return elsewhere.prediction(values, points, text, run.settings.get("optim"))
 
 
 def place(log: Path) -> Path:

@@ -3,7 +3,7 @@
 import foreign_logs
 import pytest
 
-from bitnet_jax import diagnosis, history
+from bitnet_jax import diagnosis, elsewhere, history
 
 
 @pytest.fixture(scope="module")
@@ -46,4 +46,4 @@ def test_a_trainer_s_arguments_are_in_its_events_and_are_not_those_of_an_optimiz
     assert settings["learning_rate"] == foreign_logs.RATE
     given = {"optim": "torch.optim.Adam"}
     run = history.read(folder / "adam" / "runs", (), given)
-    assert diagnosis.couples(run.settings) and not diagnosis.couples(settings)
+    assert elsewhere.couples(run.settings) and not elsewhere.couples(settings)

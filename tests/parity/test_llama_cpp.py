@@ -23,6 +23,8 @@ SHAPES = {
     "bitnet": WIDE,
     "llama, untied": WIDE | {"layout": "llama", "tied_embedding": False, "rope_theta": 10_000.0},
     "llama, tied": WIDE | {"layout": "llama", "n_layers": 1, "n_kv_heads": 4},
+    "llama 3, scaled rotary": WIDE
+    | {"layout": "llama", "n_layers": 1, "rope_theta": 100.0, "rope_scaling": "llama3:8,1,4,32"},
 }
 # Largest |delta log p| over the vocabulary, in nats: that of float32 is the claim; float16 rounds
 # embedding and scales, and the ternary types quantise activations in blocks of 256.
@@ -126,3 +128,14 @@ def test_texts_have_the_same_tokens(tokenizer, tmp_path, way):
         text for text, ids in zip(texts(), ours, strict=True) if llama.tokens(text) != ids.tolist()
     ]
     assert different == []
+
+
+def test_texts_have_the_same_tokens_under_sentencepiece(tmp_path):
+    """llama.cpp joins them by scores, of which a tokenizer.json has none."""
+    spm = hf_models.save_sentencepiece_like(tmp_path / "hf")
+    shape = SHAPES["llama, tied"] | {"vocab_size": spm.vocab_size}
+    gguf.export(tmp_path / "m.gguf", *random_model(shape), Hyper(), spm, kind="f16")
+    llama = LlamaCpp(tmp_path / "m.gguf", spm.vocab_size)
+    some = [*texts(), hf_models.WORDS]
+    ours = spm.encode_batch(some)
+    assert [t for t, ids in zip(some, ours, strict=True) if llama.tokens(t) != ids.tolist()] == []

@@ -233,3 +233,15 @@ def test_half_precision_weights_are_the_same_model(simple, tokenizer, tmp_path, 
     close = np.isclose(ours_BLV, theirs_BLV, rtol=0, atol=1e-4)
     assert close.all(axis=-1).mean() > 0.5  # rounding moves a few positions over a code's edge
     assert np.abs(ours_BLV - theirs_BLV).max() < 0.2
+
+
+@pytest.mark.parametrize("way", ["prepend", "metaspace"])
+def test_a_sentencepiece_tokenizer_gives_the_same_ids_and_text(tmp_path, way):
+    spm = hf_models.save_sentencepiece_like(tmp_path, way=way)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (hf_models.WORDS, "  the   cat\n\n\tsat é🙂 日本 <s> x"):
+        ids = spm.encode_prompt(text, special=True)
+        assert theirs(text)["input_ids"] == ids.tolist()
+        assert theirs.decode(ids[1:]) == spm.decode(ids[1:])[1:]
+    spm.save(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")("the cat")["input_ids"][0] == 1
