@@ -170,7 +170,9 @@ def _update(cfg, seams, hyper, report, state, grads, norm, ok):
     def numbers():
         changed = after(optax.apply_updates(params, updates()))
         by_decay = tx.decay_part(params, opt_state)
-        return update_numbers(cfg, hyper, groups, changed, updates(), by_decay)
+        found = update_numbers(cfg, hyper, groups, changed, updates(), by_decay)
+        # XLA:GPU computes a branch of reductions alone always, and selects.
+        return jax.lax.optimization_barrier(found)
 
     def zeros():
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(numbers))
