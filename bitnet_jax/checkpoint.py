@@ -1,6 +1,6 @@
 """Checkpoints (orbax): the state of all replicates and the resolved configuration, per step.
 
-Kept: the last two, every `run.checkpoint_every` steps, and the last step of stage 1.
+Kept: the last two, the last step of stage 1, and at most `run.keep` more, evenly spaced.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def open_manager(workdir: Path, run: RunConfig) -> ocp.CheckpointManager:
     policy = keep.AnyPreservationPolicy(
         [
             keep.LatestN(2),
-            keep.EveryNSteps(run.checkpoint_every),
+            keep.EveryNSteps(steps_between(run)),
             keep.CustomSteps([run.boundary]),
         ]
     )
@@ -43,6 +43,28 @@ def open_manager(workdir: Path, run: RunConfig) -> ocp.CheckpointManager:
         preservation_policy=policy, enable_async_checkpointing=False
     )
     return ocp.CheckpointManager(folder, options=options)
+
+
+def steps_between(run: RunConfig) -> int:
+    """Steps between checkpoints that are kept for good: a multiple of `run.checkpoint_every`."""
+    if not run.keep:
+        return run.steps + 1  # none
+    return run.checkpoint_every * max(1, -(-(run.steps // run.checkpoint_every) // run.keep))
+
+
+def steps_at_end(run: RunConfig) -> list[int]:
+    """The steps that are left once a run has ended, ascending; while it saves, one more is there.
+
+    At most `run.keep` + 3.
+    """
+    every = steps_between(run)
+    before = max(n for n in (run.boundary, *_multiples_before(run)) if n < run.steps)
+    return sorted({*range(every, run.steps + 1, every), run.boundary, before, run.steps})
+
+
+def _multiples_before(run: RunConfig) -> list[int]:
+    """The last regular saves before the last step; 0: none."""
+    return [(run.steps - 1) // n * n for n in (run.save_every, run.checkpoint_every)]
 
 
 def save(manager: ocp.CheckpointManager, step: int, state, config: dict) -> None:

@@ -242,6 +242,13 @@ class RunConfig:
     checkpoint_every: int = _field(
         1000, "steps between checkpoints that are kept for good", within=COUNT, bookkeeping=True
     )
+    keep: int = _field(
+        10,
+        "at most so many checkpoints are kept for good, evenly spaced; besides, the last two and "
+        "the boundary",
+        within=(0, COUNT[1]),
+        bookkeeping=True,
+    )
     init: str | None = _field(
         None,
         "instead of from scratch: fork:WORKDIR[@STEP[:REPLICATE]], or hf:FOLDER, the master "

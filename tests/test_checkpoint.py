@@ -147,6 +147,29 @@ def test_keeps_the_last_two_the_regular_ones_and_the_boundary(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("keep", "end"),
+    [
+        (0, [25, 45, 50]),
+        (1, [25, 40, 45, 50]),  # 20 and 40 are regular: every second one
+        (2, [20, 25, 40, 45, 50]),
+        (9, [20, 25, 40, 45, 50]),
+    ],
+)
+def test_what_is_left_at_the_end_is_known_beforehand(tmp_path, keep, end):
+    run = replace(RUN, save_every=5, keep=keep)
+    assert checkpoint.steps_at_end(run) == end
+    save(tmp_path, {"w": jnp.arange(3.0)}, *range(5, 51, 5), run=run)
+    assert checkpoint.kept_steps(tmp_path) == end
+
+
+def test_no_preset_keeps_more_than_thirteen():
+    for name, cfg in presets.PRESETS.items():
+        assert len(checkpoint.steps_at_end(cfg.run)) <= cfg.run.keep + 3 == 13, name
+    last = checkpoint.steps_at_end(presets.PRESETS["700m"].run)
+    assert last == [*range(10_000, 100_000, 10_000), 99_500, 100_000]
+
+
 def test_a_checkpoint_is_complete_when_save_returns(tmp_path, wanted):
     """The caller donates the state next."""
     state = random_state(wanted)
