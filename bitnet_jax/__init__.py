@@ -7,5 +7,6 @@ config -> config_file -> hosts -> presets -> metrics -> cache -> tokenizer -> do
 -> shrink -> forecast -> collapse -> verdict -> judging -> log -> train -> checkpoint -> hf_files
 -> hf_config -> hf_weights -> hf -> gguf -> program -> restore -> generate -> lm_eval -> subject
 -> updates -> audit -> signatures -> causes -> checks -> inspection -> foreign -> history
--> diagnosis -> terminal -> charts -> page -> history_page -> workdir -> recorder -> run
+-> diagnosis -> terminal -> charts -> page -> history_page -> workdir -> recorder -> run -> costs
+-> chips -> shapes -> plan
 """

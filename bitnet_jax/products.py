@@ -63,13 +63,19 @@ def beside(matrices) -> jax.Array:
     return jnp.concatenate(matrices, axis=1)
 
 
+def platform() -> str:
+    """Where a program that is being traced will run: of its mesh, else of the first device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def transposed(x: jax.Array) -> jax.Array:
     """`x` transposed, for the gradient of weights; on CPUs as a copy.
 
     XLA:CPU would fold the transposition into the product, which leaves its fast path. Of narrow
     types it does so through a barrier, too, but not when the copy comes in two halves.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return x.T
     if x.dtype == jnp.float32:
         return jax.lax.optimization_barrier(x.T)

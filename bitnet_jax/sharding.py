@@ -10,24 +10,29 @@ from jax.sharding import PartitionSpec as P
 MIN_SHARDED = 2**18  # parameters with fewer elements are copied to every device of a replicate
 
 
-def make_mesh(n_replicates: int, batch_size: int, devices: list | None = None) -> Mesh:
-    """Spread replicates, then each replicate's batch, over as many devices as both divide evenly.
-
-    Axes are Auto: with the default Explicit axes `nn.Embed` needs an out_sharding.
-    """
-    devices = jax.devices() if devices is None else devices
+def mesh_shape(n_replicates: int, batch_size: int, n_devices: int) -> tuple[int, int]:
+    """Devices for replicates and for each one's batch: as many as both divide evenly."""
     sizes = [
         (n_rep, n_data)
         for n_rep in range(1, n_replicates + 1)
         for n_data in range(1, batch_size + 1)
-        if n_replicates % n_rep == 0 == batch_size % n_data and n_rep * n_data <= len(devices)
+        if n_replicates % n_rep == 0 == batch_size % n_data and n_rep * n_data <= n_devices
     ]
-    n_rep, n_data = max(sizes, key=lambda size: (math.prod(size), size))
+    return max(sizes, key=lambda size: (math.prod(size), size))
+
+
+def make_mesh(n_replicates: int, batch_size: int, devices: list | None = None) -> Mesh:
+    """Spread replicates, then each replicate's batch, over devices (`mesh_shape`).
+
+    Axes are Auto: with the default Explicit axes `nn.Embed` needs an out_sharding.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(n_replicates, batch_size, len(devices))
     return jax.make_mesh(
-        (n_rep, n_data),
+        shape,
         ("replicate", "data"),
         axis_types=(AxisType.Auto,) * 2,
-        devices=devices[: n_rep * n_data],
+        devices=devices[: math.prod(shape)],
     )
 
 
