@@ -249,6 +249,12 @@ class RunConfig:
         within=(0, COUNT[1]),
         bookkeeping=True,
     )
+    checkpoints: str | None = _field(
+        None,
+        "where checkpoints are: an absolute folder, or gs://BUCKET/FOLDER (which needs gcsfs and "
+        "google-cloud-storage); none: inside the workdir, where all else is in any case",
+        bookkeeping=True,
+    )
     init: str | None = _field(
         None,
         "instead of from scratch: fork:WORKDIR[@STEP[:REPLICATE]], or hf:FOLDER, the master "
@@ -264,6 +270,11 @@ class RunConfig:
             raise UserError(
                 f"run.recipes={shown(','.join(self.recipes))}: names a recipe twice; "
                 "use --seeds for more replicates of one"
+            )
+        if self.checkpoints is not None and not self.checkpoints.startswith(("/", "gs://")):
+            raise UserError(
+                f"run.checkpoints={shown(self.checkpoints)}: use an absolute folder or "
+                "gs://BUCKET/FOLDER"
             )
         if self.init is not None and not self.init.startswith(("fork:", "hf:")):
             raise UserError(

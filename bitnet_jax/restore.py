@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from bitnet_jax import checkpoint, config, config_file, hf, log, optim, sharding, train
 from bitnet_jax.config import Config, Replicate, UserError
@@ -46,12 +47,13 @@ def checkpoint_place(text: str) -> tuple[Path, int, int | None]:
     Raises UserError when the folder holds no checkpoints.
     """
     folder, step, index = re.fullmatch(r"(.*?)(?:@(\d+)(?::(\d+))?)?", text).groups()
-    steps = checkpoint.kept_steps(Path(folder))
+    folder = epath.Path(folder) if checkpoint.is_remote(folder) else Path(folder)
+    steps = checkpoint.kept_steps(folder)
     if not steps:
         raise UserError(
             f"{text}: no checkpoints in {folder}; write it as WORKDIR[@STEP[:REPLICATE]]"
         )
-    return Path(folder), steps[-1] if step is None else int(step), index and int(index)
+    return folder, steps[-1] if step is None else int(step), index and int(index)
 
 
 def load_replicate(
@@ -103,6 +105,8 @@ def load_model(source: str) -> Model:
 
 def run_tokenizer(workdir: Path, step: int) -> Tokenizer:
     """The tokenizer of a workdir; raises UserError unless its checkpoint was trained with it."""
+    if checkpoint.is_remote(workdir):
+        raise UserError(f"{workdir}: holds checkpoints; the tokenizer is in the run's workdir")
     folder = workdir / "tokenizer"
     tokenizer = load_folder(folder)
     if tokenizer.key != saved_corpus(workdir, step)["tokenizer"]["key"]:

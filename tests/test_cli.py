@@ -158,8 +158,8 @@ def test_workdir_that_is_a_file(command, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["", " "])
-def test_a_workdir_needs_a_name(command, name):
+@pytest.mark.parametrize("name", ["", " ", "gs://bucket/run"])
+def test_a_workdir_is_a_folder_with_a_name(command, name):
     status, _, err = command(f"--workdir={name}")
     assert status == 2 and "--workdir" in only_line(err)
 
