@@ -17,6 +17,7 @@ import math
 from bitnet_jax.cli import flags
 
 LABEL = 22  # columns of a line's label
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def main(argv: list[str]) -> int:
@@ -108,15 +109,16 @@ def _memory(plan) -> list[str]:
         ("evaluation", compiled.evaluation if known else memory.evaluation, "not at the same time"),
     ]
     verdict = "fits" if plan.fits else "does not fit"
+    unit, name = (GIB, "GiB") if plan.used >= GIB else (MIB, "MiB")
     return [
-        _line("memory per device", "GiB"),
-        *(_line(f"  {name}", f"{_gib(size)}  {text.strip()}") for name, size, text in rows),
-        _line("  in all", f"{_gib(plan.used)}  of {whole / 2**30:.2f}: {verdict}"),
+        _line("memory per device", f"{name:>10}"),
+        *(_line(f"  {part}", f"{_in(size, unit)}  {text.strip()}") for part, size, text in rows),
+        _line("  in all", f"{_in(plan.used, unit)}  of {whole / unit:,.2f}: {verdict}"),
     ]
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:8.3f}"
+def _in(size: float, unit: int) -> str:
+    return f"{size / unit:10,.3f}"
 
 
 def _remedies(plan) -> list[str]:
@@ -132,16 +134,19 @@ def _as_flag(change: str) -> str:
     return change if change.startswith("--") else f"--set {change.replace(' ', ' --set ')}"
 
 
+def _mib(size: float) -> str:
+    return f"{size / MIB:10,.1f}"
+
+
 def _traffic(plan) -> list[str]:
     found = sorted(plan.traffic.items(), key=lambda item: -item[1].sent)
     if not found:
         return [_line("collectives", "none")]
-    by = (
-        "by the rules of sharding" if plan.compiled is None or plan.compiled.traffic is None else ""
-    )
-    head = _line("collectives per step", f"{'count':>8}  {'GiB':>8}  {'sent':>8}  {by}".rstrip())
+    counted = plan.compiled is not None and plan.compiled.traffic is not None
+    by = "" if counted else "by the rules of sharding"
+    head = _line("collectives per step", f"{'count':>10}{'MiB':>10}{'sent':>10}  {by}".rstrip())
     return [head, *(
-        _line(f"  {kind}", f"{t.count:8,.0f}  {_gib(t.bytes)}  {_gib(t.sent)}") for kind, t in found
+        _line(f"  {kind}", f"{t.count:10,.1f}{_mib(t.bytes)}{_mib(t.sent)}") for kind, t in found
     )]  # fmt: skip
 
 
@@ -159,7 +164,11 @@ def _time(plan) -> list[str]:
     return [
         *flops,
         _line("time per step", f"above {_seconds(least)}: a bound, which no run reaches"),
-        *(_line(f"  {name}", f"{_seconds(value)} at its peak") for name, value in bounds.items()),
+        *(
+            _line(f"  {name}", f"{_seconds(value)} at its peak")
+            for name, value in bounds.items()
+            if value
+        ),
         _line("tokens per second", f"below {tokens:,.0f}"),
         _line("whole run", f"above {hours:,.2f} hours, {cfg.run.steps:,} steps"),
     ]
