@@ -69,7 +69,7 @@ def transposed(x: jax.Array) -> jax.Array:
     XLA:CPU would fold the transposition into the product, which leaves its fast path. Of narrow
     types it does so through a barrier, too, but not when the copy comes in two halves.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or sharding.n_data() > 1:  # halves would change devices
         return x.T
     if x.dtype == jnp.float32:
         return jax.lax.optimization_barrier(x.T)
