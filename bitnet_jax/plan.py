@@ -69,6 +69,7 @@ class Memory:
     moments: int
     data: int
     gradient: float
+    gathered: float
     activations: float
     logits: float
     evaluation: float
@@ -77,7 +78,8 @@ class Memory:
     def used(self) -> float:
         """In all, at the fuller of two moments: in a step, or in an evaluation."""
         step = self.gradient + self.activations + self.logits
-        return self.weights + self.moments + self.data + max(step, self.evaluation)
+        held = self.weights + self.moments + self.data + self.gathered
+        return held + max(step, self.evaluation)
 
 
 def estimate(program: Program, state) -> Memory:
@@ -89,10 +91,9 @@ def estimate(program: Program, state) -> Memory:
     """
     cfg, (_, n_data) = program.cfg, program.mesh.axis_sizes
     model, local = cfg.model, len(program.replicates) // program.mesh.shape["replicate"]
-    rows = cfg.data.batch_size // shapes.parts(cfg) * cfg.data.seq_len // n_data
+    rows = cfg.data.batch_size // cfg.data.accumulate * cfg.data.seq_len // n_data
     layer = 12 * model.d_model + 6 * model.d_ff + 2 * model.n_heads * cfg.data.seq_len
-    remat = getattr(model, "remat", False)
-    kept = model.n_layers * model.d_model + layer if remat else model.n_layers * layer
+    kept = model.n_layers * model.d_model + layer if model.remat else model.n_layers * layer
     with jax.sharding.use_abstract_mesh(_abstract(program.mesh)):
         _, width = loss._blocks(rows * n_data, model.vocab_size)
     item, weights = jnp.dtype(model.dtype).itemsize, shapes.size_on_device(state.params)
@@ -101,17 +102,33 @@ def estimate(program: Program, state) -> Memory:
         shapes.size_on_device(state.opt_state),
         shapes.size_on_device((program.evals, shapes.batches_of(program))),
         weights,
+        local * _gathered(state.params) * item,
         local * rows * kept * item,
         local * rows * PER_LOGIT * width,
         local * _evaluated(program) * PER_LOGIT * model.vocab_size,
     )
 
 
+def _gathered(params) -> int:
+    """Elements of what a device gathers at once: embedding, head and the matrices of one block."""
+    found = 0
+    for path, leaf in jax.tree.leaves_with_path(params):
+        first = path[0].key
+        if "data" in leaf.sharding.spec and (first == "block_0" or not first.startswith("block_")):
+            found += leaf.size // leaf.shape[0]
+    return found
+
+
 def _evaluated(program: Program) -> float:
-    """Positions whose logits a device makes at once in an evaluation."""
-    cfg, (_, n_data) = program.cfg, program.mesh.axis_sizes
-    per_batch = cfg.data.batch_size * cfg.data.seq_len
-    return per_batch / n_data if cfg.data.batch_size % n_data == 0 else per_batch
+    """Positions whose logits a device makes at once in an evaluation (`train.pieces`)."""
+    cfg, local = program.cfg, len(program.replicates) // program.mesh.shape["replicate"]
+    with jax.sharding.use_abstract_mesh(_abstract(program.mesh)):
+        blocks = jax.eval_shape(
+            lambda x: train.pieces(x, local, cfg.model.vocab_size), program.evals.large.inputs
+        )
+    _, n_windows, length = blocks.shape
+    n_data = program.mesh.shape["data"]
+    return n_windows * length / (n_data if n_windows % n_data == 0 else 1)
 
 
 def expected_traffic(program: Program) -> dict[str, Traffic]:
@@ -123,7 +140,7 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
     n_data, found = program.mesh.shape["data"], {}
     if n_data == 1:
         return found
-    item, parts = jnp.dtype(program.cfg.model.dtype).itemsize, shapes.parts(program.cfg)
+    item, parts = jnp.dtype(program.cfg.model.dtype).itemsize, program.cfg.data.accumulate
     n_rep = len(program.replicates)
 
     def add(kind, size, count):
@@ -238,7 +255,7 @@ class Plan:
             // self.program.mesh.shape["replicate"]
         )
         whole = whole // 4 * jnp.dtype(model.dtype).itemsize
-        parts = shapes.parts(self.program.cfg)
+        parts = self.program.cfg.data.accumulate
         touched = 2 * (memory.weights + memory.moments + memory.gradient)
         touched += parts * (2 * whole + 2 * memory.activations + 2 * memory.logits)
         return {
@@ -287,17 +304,16 @@ def remedies(plan: Plan) -> list[str]:
 
 
 def _levers(cfg: Config) -> list[list[str]]:
-    """Changes of one kind each, mildest first; only of fields that there are."""
+    """Changes of one kind each, mildest first."""
     sizes = [cfg.data.batch_size >> n for n in range(1, 20)]
     levers = []
-    if getattr(cfg.model, "remat", True) is False:
+    if not cfg.model.remat:
         levers.append(["model.remat=true"])
-    if hasattr(cfg.data, "accumulate"):
-        parts = [cfg.data.accumulate << n for n in range(1, 20)]
-        levers.append([f"data.accumulate={n}" for n in parts if cfg.data.batch_size % n == 0])
+    parts = [cfg.data.accumulate << n for n in range(1, 20)]
+    levers.append([f"data.accumulate={n}" for n in parts if cfg.data.batch_size % n == 0])
     if cfg.model.dtype == "float32":
         levers.append(["model.dtype=bfloat16"])
-    levers.append([f"data.batch_size={n}" for n in sizes if n and n % shapes.parts(cfg) == 0])
+    levers.append([f"data.batch_size={n}" for n in sizes if n and n % cfg.data.accumulate == 0])
     return [lever for lever in levers if lever]
 
 

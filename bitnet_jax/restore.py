@@ -190,7 +190,7 @@ def imported_state(program: Program, folder: Path) -> train.TrainState:
     differing = [
         f"model.{name}={value}"
         for name, value in vars(replace(cfg.model, dtype=ours.dtype)).items()
-        if value != getattr(ours, name)
+        if value != getattr(ours, name) and f"model.{name}" not in config.BOOKKEEPING
     ]
     if differing:
         raise UserError(f"{start}: another model; add --set {' --set '.join(differing)}")

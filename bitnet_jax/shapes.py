@@ -26,14 +26,9 @@ def vocabulary(cfg: Config) -> tuple[int, str]:
     return 50257, ""
 
 
-def parts(cfg: Config) -> int:
-    """Parts of a batch that are computed one after another."""
-    return getattr(cfg.data, "accumulate", 1)
-
-
 def abstract_mesh(cfg: Config, n_replicates: int, n_devices: int) -> AbstractMesh:
     """The mesh that a run would have, without its devices."""
-    shape = sharding.mesh_shape(n_replicates, cfg.data.batch_size // parts(cfg), n_devices)
+    shape = sharding.mesh_shape(n_replicates, cfg.data.batch_size // cfg.data.accumulate, n_devices)
     return AbstractMesh(shape, ("replicate", "data"), axis_types=(AxisType.Auto,) * 2)
 
 

@@ -72,22 +72,21 @@ def _line(label: str, text: str) -> str:
 def _program(plan) -> list[str]:
     import jax
 
+    from bitnet_jax import sharding
+
     program, topology = plan.program, plan.topology
     n_rep, n_data = program.mesh.axis_sizes
     n_params = sum(x.size for x in jax.tree.leaves(program.abstract_state.params))
     n_params //= len(program.replicates)
     data, many = program.cfg.data, len(program.replicates)
     each = f"{n_rep} for replicates x {n_data} for the batch"
-    idle = topology.size - n_rep * n_data
     found = [
         _line("parameters", f"{n_params:,}" + (f", {many} replicates" if many > 1 else "")),
         _line("batch", f"{data.batch_size} x {data.seq_len:,} tokens"),
         _line("devices", f"{topology.size} x {topology.chip.name}: {each}"),
     ]
-    if idle:
-        wanted = f"a data.batch_size that {topology.size // n_rep} divides uses them"
-        found.append(_line("", f"{idle} idle: {wanted}"))
-    return found
+    idle = sharding.idle_note(many, data.batch_size, data.accumulate, topology.size)
+    return [*found, _line("", idle)] if idle else found
 
 
 def _memory(plan) -> list[str]:
@@ -104,6 +103,7 @@ def _memory(plan) -> list[str]:
         rows.append(("step", compiled.step, "of it, by arithmetic:"))
     rows += [
         ("  gradient", memory.gradient, about + "float32"),
+        ("  gathered", memory.gathered, about + "embedding, head, weights of a block"),
         ("  activations", memory.activations, about + "what the backward pass reads"),
         ("  logits", memory.logits, about + "and their gradient"),
         ("evaluation", compiled.evaluation if known else memory.evaluation, "not at the same time"),
