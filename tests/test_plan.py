@@ -142,12 +142,14 @@ def test_the_command_prints_80_columns_and_says_estimate(bitnet, tmp_path, monke
     """Without text, tokenizer or a folder of its own."""
     monkeypatch.chdir(tmp_path)
     nowhere = ["--set", "data.corpus=text:/nowhere/*", "--set", "data.tokenizer=gpt2:/nowhere"]
-    shallow = ["--preset", "700m", "--set", "model.n_layers=2"]
+    shallow = ["--preset", "700m", "--set", "model.n_layers=2", "--set", "model.remat=false"]
+    shallow += ["--set", "data.batch_size=128"]
     arguments = ["--topology", "v5e:1x1", "--estimate", *shallow, *nowhere]
     status, out, err = bitnet("plan", *arguments)
     assert (status, err) == (0, "") and not any(tmp_path.iterdir())
     assert max(map(len, out.splitlines())) <= 80
     assert "estimate" in out.splitlines()[0] and "does not fit" in out
+    assert "--set data.accumulate=" in out
     assert "--set data.batch_size=" in out and "11 checkpoints" in out
 
 
