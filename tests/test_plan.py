@@ -167,6 +167,9 @@ def test_the_compiler_of_tpus_says_what_fits():
         presets.preset("tiny"), ["run.recipes=published", "model.n_layers=1", "data.batch_size=8"]
     )
     replicates = presets.make_replicates(cfg, [0], {})
-    made = plan.make(cfg, replicates, chips.parse_topology("v5e:2x4"), compiling=True)
+    try:
+        made = plan.make(cfg, replicates, chips.parse_topology("v5e:2x4"), compiling=True)
+    except chips.Busy as busy:
+        pytest.skip(str(busy))
     assert made.fits and made.program.mesh.devices.flat[0].platform == "tpu"
     assert made.compiled.traffic and made.used > made.memory.weights + made.memory.moments
