@@ -1,4 +1,4 @@
-# make setup | train | test | test-slow | test-parity | results | lint | format | clean
+# make setup | train | test | test-slow | test-parity | results | plan | lint | format | clean
 # PYTHON=python3.12 picks the interpreter; ACCEL=cuda13 or ACCEL=tpu installs jax for that device.
 
 PYTHON ?= python3
@@ -7,9 +7,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed-$(ACCEL)
 TORCH := $(VENV)/installed-torch
+PLANNER := .venv-plan
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup train test test-slow test-parity results lint format clean
+.PHONY: setup train test test-slow test-parity results plan lint format clean
 
 setup: $(STAMP)
 
@@ -44,6 +45,18 @@ $(TORCH): $(STAMP)
 results: setup
 	$(RUN) -m experiments.lab.build
 
+# What a run will need on TPUs, by their compiler, which needs no TPU (libtpu, one process at a time):
+# make plan PRESET=125m TOPOLOGY=v5e:2x4 SET="data.batch_size=64 model.n_layers=6"
+PRESET ?= 125m
+TOPOLOGY ?= v5e:2x4
+plan: $(PLANNER)/installed
+	$(PLANNER)/bin/python -m bitnet_jax plan --preset $(PRESET) --topology $(TOPOLOGY) $(SET:%=--set %)
+
+$(PLANNER)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(PLANNER)
+	$(PLANNER)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "jax[tpu]"
+	touch $@
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -54,5 +67,5 @@ format: setup
 
 # Runs are kept.
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(PLANNER) .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

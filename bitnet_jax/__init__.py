@@ -8,5 +8,6 @@ config -> config_file -> hosts -> presets -> metrics -> stopping -> cache -> met
 -> judging -> log -> train -> checkpoint -> hf_files -> hf_config -> hf_weights -> hf
 -> gguf_vocab -> gguf -> program -> restore -> generate -> lm_eval -> subject -> updates
 -> audit -> signatures -> causes -> checks -> inspection -> foreign -> history -> diagnosis
--> terminal -> charts -> page -> history_page -> workdir -> recorder -> run
+-> terminal -> charts -> page -> history_page -> workdir -> recorder -> run -> costs -> chips
+-> shapes -> plan
 """

@@ -1,40 +1,80 @@
 """Checkpoints (orbax): the state of all replicates and the resolved configuration, per step.
 
-Kept: the last two, every `run.checkpoint_every` steps, and the last step of stage 1.
+They are in the workdir, or where `run.checkpoints` says: in another folder, or in a bucket. All
+else of a run, which is locked, appended to and replaced, needs a local workdir.
+
+Kept: the last two, the last step of stage 1, and at most `run.keep` more, evenly spaced.
 """
 
 import contextlib
 import json
-import os
-import shutil
 import zlib
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from bitnet_jax import hosts
+from bitnet_jax import hosts, log
 from bitnet_jax.config import RunConfig, UserError
 
 MANIFEST = "manifest.json"  # checksums of a checkpoint's files, written last
 
 
-def open_manager(workdir: Path, run: RunConfig) -> ocp.CheckpointManager:
-    """Open `workdir/checkpoints` for writing with the keeping rule of the module docstring.
+def is_remote(place) -> bool:
+    """Whether a path or its text names a bucket."""
+    return "://" in str(place)
 
-    Steps whose save was cut off are removed, so that they can be written again.
+
+def place(workdir) -> epath.Path:
+    """The folder of a run's checkpoints: as its config.json says, else inside the workdir.
+
+    A bucket's folder is its own place, whatever workdir it belongs to. Raises UserError where the
+    libraries of a bucket are not installed.
     """
-    folder = workdir.absolute() / "checkpoints"
-    if hosts.is_first() and folder.is_dir():
-        for step in set(ocp.utils.checkpoint_steps(folder)) - set(kept_steps(workdir)):
-            shutil.rmtree(folder / str(step))
+    if is_remote(workdir):
+        return _usable(str(workdir))
+    settings = Path(workdir) / "config.json"
+    run = log.read_json(settings).get("run") if settings.exists() else None
+    elsewhere = run.get("checkpoints") if isinstance(run, dict) else None
+    return _usable(elsewhere or str(Path(workdir).absolute() / "checkpoints"))
+
+
+def _usable(text: str) -> epath.Path:
+    folder = epath.Path(text)
+    if is_remote(text):
+        try:
+            folder.exists()
+        except ImportError as error:
+            raise UserError(
+                f"{text}: needs two libraries: pip install gcsfs google-cloud-storage"
+            ) from error
+        except Exception as error:  # of whatever library talks to the bucket
+            raise UserError(f"{text}: cannot be read: {error}") from error
+    return folder
+
+
+def open_manager(workdir: Path, run: RunConfig) -> ocp.CheckpointManager:
+    """Open a run's checkpoints for writing with the keeping rule of the module docstring.
+
+    Steps whose save was cut off are removed, so that they can be written again. Raises UserError
+    when a new run is told to write where another has.
+    """
+    folder, begun = place(workdir), (Path(workdir) / "config.json").exists()
+    if run.checkpoints is not None and not begun:
+        folder = _usable(run.checkpoints)
+        if ocp.utils.checkpoint_steps(folder):
+            raise UserError(f"run.checkpoints={run.checkpoints}: holds checkpoints of another run")
+    if hosts.is_first():
+        for step in set(ocp.utils.checkpoint_steps(folder)) - set(_complete(folder)):
+            (folder / str(step)).rmtree()
     hosts.wait("checkpoints are tidied")
     policy = keep.AnyPreservationPolicy(
         [
             keep.LatestN(2),
-            keep.EveryNSteps(run.checkpoint_every),
+            keep.EveryNSteps(steps_between(run)),
             keep.CustomSteps([run.boundary]),
         ]
     )
@@ -45,12 +85,34 @@ def open_manager(workdir: Path, run: RunConfig) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder, options=options)
 
 
+def steps_between(run: RunConfig) -> int:
+    """Steps between checkpoints that are kept for good: a multiple of `run.checkpoint_every`."""
+    if not run.keep:
+        return run.steps + 1  # none
+    return run.checkpoint_every * max(1, -(-(run.steps // run.checkpoint_every) // run.keep))
+
+
+def steps_at_end(run: RunConfig) -> list[int]:
+    """The steps that are left once a run has ended, ascending; while it saves, one more is there.
+
+    At most `run.keep` + 3.
+    """
+    every = steps_between(run)
+    before = max(n for n in (run.boundary, *_multiples_before(run)) if n < run.steps)
+    return sorted({*range(every, run.steps + 1, every), run.boundary, before, run.steps})
+
+
+def _multiples_before(run: RunConfig) -> list[int]:
+    """The last regular saves before the last step; 0: none."""
+    return [(run.steps - 1) // n * n for n in (run.save_every, run.checkpoint_every)]
+
+
 def save(manager: ocp.CheckpointManager, step: int, state, config: dict) -> None:
     """Write one step: `state` ([R, ...] leaves) and the resolved configuration.
 
     Raises UserError when the disk is full.
     """
-    folder = Path(manager.directory) / str(step)
+    folder = epath.Path(manager.directory) / str(step)
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
     try:
         manager.save(step, args=args)
@@ -63,18 +125,21 @@ def save(manager: ocp.CheckpointManager, step: int, state, config: dict) -> None
     if hosts.is_first():
         temporary = folder / f"{MANIFEST}.tmp"  # a half-written manifest would count
         temporary.write_text(json.dumps(_checksums(folder)))
-        os.replace(temporary, folder / MANIFEST)
+        temporary.replace(folder / MANIFEST)
     hosts.wait(f"step {step} counts")
 
 
-def kept_steps(workdir: Path) -> list[int]:
+def kept_steps(workdir) -> list[int]:
     """Steps that can be restored, ascending; saves that were cut off do not count."""
-    folder = Path(workdir).absolute() / "checkpoints"
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    return _complete(place(workdir))
+
+
+def _complete(folder: epath.Path) -> list[int]:
+    steps = ocp.utils.checkpoint_steps(folder)
     return sorted(step for step in steps if (folder / str(step) / MANIFEST).exists())
 
 
-def load_config(workdir: Path, step: int) -> dict:
+def load_config(workdir, step: int) -> dict:
     """The resolved configuration that was saved with a step."""
     handler = ocp.JsonCheckpointHandler()
     with _reading(workdir, step, "config") as folder, ocp.Checkpointer(handler) as reader:
@@ -114,9 +179,28 @@ def restore_replicate(workdir: Path, step: int, index: int, abstract_state):
     return jax.tree.map(lambda x: np.asarray(x)[index], restore(workdir, step, stacked))
 
 
-def _checksums(folder: Path, part: str = "") -> dict[str, int]:
-    files = sorted(p for p in (folder / part).rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {str(p.relative_to(folder)): zlib.crc32(p.read_bytes()) for p in files}
+def _checksums(folder: epath.Path, part: str = "") -> dict[str, int]:
+    """CRC-32 of the files by name; in a bucket, which checks what it reads, their lengths."""
+    if is_remote(folder):
+        return {name: (folder / name).stat().length for name in _files(folder, part)}
+    return {name: zlib.crc32((folder / name).read_bytes()) for name in _files(folder, part)}
+
+
+def _files(folder: epath.Path, part: str) -> list[str]:
+    """Names of the files below a part of a checkpoint, but for the manifest; ascending.
+
+    One folder after another: `epath`'s own walk loses gs:// on the way.
+    """
+    found, left = [], [part]
+    while left:
+        inside = left.pop()
+        for path in (folder / inside if inside else folder).iterdir():
+            name = f"{inside}/{path.name}" if inside else path.name
+            if path.is_dir():
+                left.append(name)
+            elif path.name not in ("", MANIFEST):
+                found.append(name)
+    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -126,9 +210,9 @@ def _reading(workdir: Path, step: int, part: str = ""):
     orbax meets damaged files deep inside its coroutines and says so on many lines, hence the check
     before it reads.
     """
-    if step not in kept_steps(workdir):
-        raise UserError(f"{workdir}: no checkpoint of step {step}; there: {kept_steps(workdir)}")
-    folder = Path(workdir).absolute() / "checkpoints" / str(step)
+    if step not in (steps := kept_steps(workdir)):
+        raise UserError(f"{workdir}: no checkpoint of step {step}; there: {steps}")
+    folder = place(workdir) / str(step)
     remedy = "remove this folder to go on from an earlier step"
     try:
         written, found = json.loads((folder / MANIFEST).read_text()), _checksums(folder, part)

@@ -126,6 +126,17 @@ class ModelConfig:
     )
     norm_eps: float = _field(1e-5, "added to the mean square inside RMSNorm", within=(1e-30, 1.0))
     dtype: str = _field("float32", "compute type of activations", choices=("float32", "bfloat16"))
+    remat: bool = _field(
+        False,
+        "keep only the input of each block for the backward pass, and compute the rest again: less "
+        "memory, about a third more time",
+        bookkeeping=True,
+    )
+    scan_layers: bool = _field(
+        False,
+        "compile one block and loop over the layers: compiles faster, may step slower",
+        bookkeeping=True,
+    )
 
     def __post_init__(self):
         check_fields(self, "model")
@@ -167,6 +178,12 @@ class DataConfig:
     )
     seq_len: int = _field(64, "tokens in a window", within=(2, 2**24))
     batch_size: int = _field(8, "windows in a batch, per replicate", within=(1, 2**20))
+    accumulate: int = _field(
+        1,
+        "parts of a batch that are computed one after another, their gradients summed: less memory",
+        within=(1, 2**20),
+        bookkeeping=True,
+    )
     order: str = _field(
         "shuffled",
         "shuffled: each window once per epoch; sequential: in corpus order, from window "
@@ -203,6 +220,10 @@ class DataConfig:
 
     def __post_init__(self):
         check_fields(self, "data")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"data.accumulate={self.accumulate} must divide data.batch_size={self.batch_size}"
+            )
         kind = self.corpus.partition(":")[0]
         if kind not in ("stdlib", "text", "tfds") or (kind == "stdlib") != (self.corpus == kind):
             raise UserError(
@@ -274,6 +295,19 @@ class RunConfig:
         choices=("none", "wandb", "trackio"),
         bookkeeping=True,
     )
+    keep: int = _field(
+        10,
+        "at most so many checkpoints are kept for good, evenly spaced; besides, the last two and "
+        "the boundary",
+        within=(0, COUNT[1]),
+        bookkeeping=True,
+    )
+    checkpoints: str | None = _field(
+        None,
+        "where checkpoints are: an absolute folder, or gs://BUCKET/FOLDER (which needs gcsfs and "
+        "google-cloud-storage); none: inside the workdir, where all else is in any case",
+        bookkeeping=True,
+    )
     init: str | None = _field(
         None,
         "instead of from scratch: fork:WORKDIR[@STEP[:REPLICATE]], or hf:FOLDER, the master "
@@ -289,6 +323,11 @@ class RunConfig:
             raise UserError(
                 f"run.recipes={shown(','.join(self.recipes))}: names a recipe twice; "
                 "use --seeds for more replicates of one"
+            )
+        if self.checkpoints is not None and not self.checkpoints.startswith(("/", "gs://")):
+            raise UserError(
+                f"run.checkpoints={shown(self.checkpoints)}: use an absolute folder or "
+                "gs://BUCKET/FOLDER"
             )
         if self.init is not None and not self.init.startswith(("fork:", "hf:")):
             raise UserError(
@@ -312,6 +351,12 @@ class Config:
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
+BOOKKEEPING = {
+    f"{section}.{f.name}"
+    for section, kind in SECTIONS.items()
+    for f in dataclasses.fields(kind)
+    if f.metadata["bookkeeping"]
+}
 RATE, DECAY, SHARE = (0.0, 1e3), (0.0, 1e6), (0.0, 1.0)
 
 

@@ -50,9 +50,15 @@ def from_json(tree: dict, source: str = "config.json") -> tuple[Config, list[Rep
 
 
 def _read(kind, tree, where: str):
-    """An instance of the dataclass `kind` from a dict that has just its fields."""
+    """An instance of the dataclass `kind` from a dict that has just its fields.
+
+    A bookkeeping field that is younger than the file has its default.
+    """
     _check_type(tree, dict, where)
-    fields = {f.name: f.type for f in dataclasses.fields(kind)}
+    known = dataclasses.fields(kind)
+    defaults = {f.name: f.default for f in known if f.metadata.get("bookkeeping")}
+    tree = defaults | tree
+    fields = {f.name: f.type for f in known}
     for name in tree:
         check_known(name, fields, f"field in {where}:")
     for name in fields:

@@ -3,6 +3,7 @@
 Shapes: B batch, L position, N = B L positions, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bitnet_jax import products
+from bitnet_jax import products, sharding
 from bitnet_jax.config import Hyper
 from bitnet_jax.data import Batch
 
@@ -71,9 +72,8 @@ def head_nats(axis: int, x_ND, head, scale, bias_V, targets_N) -> jax.Array:
 
 def _blocks(n_rows: int, vocab: int) -> tuple[int, int]:
     """Number of blocks and the width of all but the last, which is no wider."""
-    mesh = jax.sharding.get_abstract_mesh()
-    several = not mesh.empty and mesh.size > 1  # a split head cannot be cut where it is not split
-    n = 1 if several else min(-(-n_rows * vocab // MOST_LOGITS), -(-vocab // NARROWEST))
+    n_rows = -(-n_rows // sharding.n_data())  # on one device
+    n = min(-(-n_rows * vocab // MOST_LOGITS), -(-vocab // NARROWEST))
     return n, -(-vocab // n)
 
 
@@ -95,17 +95,22 @@ def _block(axis, x_ND, head, bias_V, start, width) -> tuple[jax.Array, jax.Array
     return w, z_NV
 
 
+def _whole(head, x_ND) -> jax.Array:
+    """The head on every device that shares a batch, in the type of x; else as it is."""
+    return sharding.whole(head.astype(x_ND.dtype)) if sharding.n_data() > 1 else head
+
+
 def _is_target(targets_N, start, width) -> jax.Array:
     return targets_N[:, None] == start + jnp.arange(width)
 
 
 def _head_fwd(axis, x_ND, head, scale, bias_V, targets_N):
     vocab, kept = head.shape[1 - axis], []
-    scaled_ND = (scale * x_ND).astype(x_ND.dtype)
+    scaled_ND, whole = (scale * x_ND).astype(x_ND.dtype), _whole(head, x_ND)
 
     def add(sums, start, width):
         top_N, total_N, target_N = sums
-        _, z_NV = _block(axis, scaled_ND, head, bias_V, start, width)
+        _, z_NV = _block(axis, scaled_ND, whole, bias_V, start, width)
         if width == vocab:
             kept.append(z_NV)
         higher_N = jnp.maximum(top_N, jnp.max(z_NV, axis=-1))
@@ -125,10 +130,11 @@ def _head_fwd(axis, x_ND, head, scale, bias_V, targets_N):
 def _head_bwd(axis, saved, grad_N):
     x_ND, head, scale, bias_V, targets_N, log_total_N, kept = saved
     vocab, scaled_ND = head.shape[1 - axis], (scale * x_ND).astype(x_ND.dtype)
+    whole, split = _whole(head, x_ND), sharding.by_columns if axis else sharding.split_batch
 
     def add(sums, start, width):
         grad_x_ND, grad_head, grad_bias_V = sums
-        w, z_NV = _block(axis, scaled_ND, head, bias_V, start, width)
+        w, z_NV = _block(axis, scaled_ND, whole, bias_V, start, width)
         q_NV = jnp.exp((kept[0] if kept else z_NV) - log_total_N[:, None])
         d_NV = (q_NV - _is_target(targets_N, start, width)) * grad_N[:, None]
         # Made once: XLA would compute it anew for each use.
@@ -140,14 +146,39 @@ def _head_bwd(axis, saved, grad_N):
         grad_x_ND += products.dot(d_NV, w, 1, 1 - axis)
         rows, columns = (scaled_ND, d_NV) if axis == 0 else (d_NV, scaled_ND)
         new = products.dot(products.transposed(rows), columns, 1, 0).astype(head.dtype)
+        new = split(sharding.whole(new))
         at = (0, start) if axis == 0 else (start, 0)
         return grad_x_ND, jax.lax.dynamic_update_slice(grad_head, new, at), grad_bias_V
 
-    zeros = jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros_like(head)
+    zeros = jnp.zeros(x_ND.shape, jnp.float32), split(jnp.zeros_like(head))
     zeros = *zeros, None if bias_V is None else jnp.zeros_like(bias_V)
     grad_x_ND, grad_head, grad_bias_V = _over_blocks(add, zeros, len(x_ND), vocab)
     grad_x_ND = (scale * grad_x_ND).astype(x_ND.dtype)
-    return grad_x_ND, grad_head, jnp.zeros_like(scale), grad_bias_V, None
+    return grad_x_ND, sharding.as_state(grad_head), jnp.zeros_like(scale), grad_bias_V, None
 
 
 head_nats.defvjp(_head_fwd, _head_bwd)
+
+
+def accumulated(gradient: Callable, batch: Batch, n_parts: int):
+    """(loss, gradient) of a batch [B, L] from those of its parts, one after another.
+
+    Part a holds the windows a, a + n, a + 2n and so on, so that each device of a split batch keeps
+    its own. The means over the scored positions of each part become that of the batch: a part
+    counts by what its mean was divided by.
+    """
+    if n_parts == 1:
+        return gradient(batch)
+
+    def add(sums, part):
+        share = jnp.maximum(jnp.sum(part.weights), 1.0)
+        found = gradient(sharding.split_batch(part))
+        return jax.tree.map(lambda total, x: total + share * x, sums, found), None
+
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n_parts, *x.shape[1:]), 1, 0), batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, first)
+    zeros = jax.tree.map(lambda x: sharding.as_state(jnp.zeros(x.shape, x.dtype)), shapes)
+    sums, _ = jax.lax.scan(add, zeros, parts)
+    scored = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    return jax.tree.map(lambda x: x / scored, sums)

@@ -31,7 +31,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax import products, quant
 from bitnet_jax.config import Hyper, ModelConfig, UserError, rope_scaling_numbers
-from bitnet_jax.sharding import split_batch
+from bitnet_jax.sharding import by_columns, gathered, split_batch, stacked, whole
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -69,6 +69,7 @@ def rope(x_BLHK: jax.Array, theta: float, position_BL=None, scaling=None) -> jax
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
 
 
+NOTHING = jax.checkpoint_policies.nothing_saveable  # of a block with `remat`, besides its input
 ACTIVATIONS = {  # by the names of transformers' `activations.ACT2FN`
     "relu2": lambda x: jnp.square(nn.relu(x)),
     "silu": nn.silu,
@@ -119,7 +120,7 @@ def bit_linear(
     x_ND = x.reshape(-1, x.shape[-1])
     if quantize_weight is quant.quantize_fully:
         return products.code_linear(x_ND, w_DF).reshape(*x.shape[:-1], -1)
-    w_q = quantize_weight(w_DF, hyper.weight_quant, x.dtype)
+    w_q = gathered(quantize_weight(w_DF, hyper.weight_quant, x.dtype))
     x_ND = quant.quantize_activation(x_ND, hyper.act_quant)
     return product(x_ND, w_q, 0).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -151,6 +152,12 @@ def integer_product(codes_ND: jax.Array, packed: jax.Array) -> jax.Array:
 
     sums_4NP = jax.lax.map(plane, jnp.arange(0, 8, 2, dtype=jnp.uint8))
     return jnp.moveaxis(sums_4NP, 0, 1).reshape(len(codes_ND), -1)
+
+
+def lookup(embedding_VD: jax.Array, tokens_BL: jax.Array, dtype) -> jax.Array:
+    """Rows of the embedding [B, L, D]; of all tokens of a split batch, on devices that share D."""
+    x_BLD = jnp.take(by_columns(embedding_VD), whole(tokens_BL), axis=0).astype(dtype)
+    return split_batch(by_columns(x_BLD))
 
 
 def kernel_init(cfg: ModelConfig):
@@ -276,7 +283,7 @@ def logits(x_BLD, head: jax.Array, axis: int, scale: jax.Array, bias_V) -> jax.A
     `head` is [D, V] (axis 0) or [V, D] (axis 1); logits are scale * x . head + bias (or None).
     """
     x_ND = x_BLD.reshape(-1, x_BLD.shape[-1])
-    logits_NV = product(x_ND, head.astype(x_BLD.dtype), axis)
+    logits_NV = product(x_ND, gathered(head.astype(x_BLD.dtype)), axis)
     logits_BLV = scale * logits_NV.reshape(*x_BLD.shape[:-1], -1)
     return logits_BLV if bias_V is None else logits_BLV + bias_V
 
@@ -296,15 +303,29 @@ class Transformer(nn.Module):
         cfg = self.cfg
         shape = (cfg.vocab_size, cfg.d_model)
         embed = nn.Embed(*shape, embedding_init=embedding_init(cfg), name="embed")
-        x_BLD = split_batch(embed(tokens_BL).astype(cfg.dtype))
-        for i in range(cfg.n_layers):
-            x_BLD = Block(cfg, self.quantize_weight, name=f"block_{i}")(x_BLD, hyper, position_BL)
+        x_BLD = lookup(embed.embedding, tokens_BL, cfg.dtype)
+        block = nn.remat(Block, policy=NOTHING) if cfg.remat and position_BL is None else Block
+        if cfg.scan_layers and position_BL is None and not self.is_initializing():
+            x_BLD = self._scan(block(cfg, self.quantize_weight, parent=None), x_BLD, hyper)
+        else:
+            for i in range(cfg.n_layers):
+                layer = block(cfg, self.quantize_weight, name=f"block_{i}")
+                x_BLD = layer(x_BLD, hyper, position_BL)
         x_BLD = RMSNorm(cfg, name="final_norm")(x_BLD)
         head = embed.embedding if cfg.tied_embedding else Head(cfg, name="head")()
         bias_V, shape = None, (cfg.vocab_size,)
         if cfg.output_bias:
             bias_V = self.param("output_bias", nn.initializers.zeros, shape, jnp.float32)
         return readout(x_BLD, head, int(cfg.tied_embedding), hyper.logit_scale, bias_V)
+
+    def _scan(self, block, x_BLD, hyper):
+        """A loop over all blocks: their parameters keep their names, and are stacked here."""
+        layers = [self.get_variable("params", f"block_{i}") for i in range(self.cfg.n_layers)]
+
+        def body(x_BLD, layer):
+            return block.apply({"params": layer}, x_BLD, hyper), None
+
+        return jax.lax.scan(body, x_BLD, stacked(layers))[0]
 
 
 class Head(nn.Module):

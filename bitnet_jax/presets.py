@@ -83,16 +83,43 @@ PRESETS = {
     ),
     "125m": Config(
         ModelConfig(
-            d_model=768, n_layers=12, n_heads=12, n_kv_heads=12, d_ff=2048, dtype="bfloat16"
+            d_model=768,
+            n_layers=12,
+            n_heads=12,
+            n_kv_heads=12,
+            d_ff=2048,
+            dtype="bfloat16",
+            remat=True,
         ),
         DataConfig(tokenizer="gpt2", seq_len=1024, batch_size=32),
         run=RunConfig(steps=10_000, recipes=("published",), eval_every=100, save_every=500),
     ),
     "700m": Config(
         ModelConfig(
-            d_model=1536, n_layers=24, n_heads=24, n_kv_heads=24, d_ff=4096, dtype="bfloat16"
+            d_model=1536,
+            n_layers=24,
+            n_heads=24,
+            n_kv_heads=24,
+            d_ff=4096,
+            dtype="bfloat16",
+            remat=True,
         ),
         DataConfig(tokenizer="gpt2", seq_len=2048, batch_size=16),
+        run=RunConfig(steps=100_000, recipes=("published",), eval_every=100, save_every=500),
+    ),
+    "2b": Config(  # the shape of BitNet b1.58 2B4T (arXiv 2504.12285), with its tokenizer's folder
+        ModelConfig(
+            vocab_size=128_256,
+            d_model=2560,
+            n_layers=30,
+            n_heads=20,
+            n_kv_heads=5,
+            d_ff=6912,
+            dtype="bfloat16",
+            remat=True,
+            scan_layers=True,
+        ),
+        DataConfig(tokenizer="hf:bitnet-b1.58-2B-4T", seq_len=2048, batch_size=256),
         run=RunConfig(steps=100_000, recipes=("published",), eval_every=100, save_every=500),
     ),
 }

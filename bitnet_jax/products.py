@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from bitnet_jax import quant
+from bitnet_jax import quant, sharding
 from bitnet_jax.config import Hyper
 
 # How BitLinear multiplies: codes where every strength is 1, or fake-quantised in the model's type.
@@ -63,13 +63,19 @@ def beside(matrices) -> jax.Array:
     return jnp.concatenate(matrices, axis=1)
 
 
+def platform() -> str:
+    """Where a program that is being traced will run: of its mesh, else of the first device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def transposed(x: jax.Array) -> jax.Array:
     """`x` transposed, for the gradient of weights; on CPUs as a copy.
 
     XLA:CPU would fold the transposition into the product, which leaves its fast path. Of narrow
     types it does so through a barrier, too, but not when the copy comes in two halves.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu" or sharding.n_data() > 1:  # halves would change devices
         return x.T
     if x.dtype == jnp.float32:
         return jax.lax.optimization_barrier(x.T)
@@ -106,7 +112,7 @@ def code_linear(x_ND: jax.Array, w_DF: jax.Array) -> jax.Array:
 def _code_linear_fwd(x_ND, w_DF):
     t_N1, s = quant.activation_scale(x_ND), quant.weight_scale(w_DF)
     q_ND = quant.int8_codes(x_ND, t_N1).astype(jnp.int8)
-    c_DF = quant.weight_codes(w_DF, s).astype(jnp.int8)
+    c_DF = sharding.whole(quant.weight_codes(w_DF, s).astype(jnp.int8))  # a byte a weight travels
     sums_NF = dot(q_ND, c_DF, 1, 0, jnp.int32).astype(jnp.float32)
     y_NF = (sums_NF * (1 / (s * t_N1))).astype(x_ND.dtype)
     return y_NF, (q_ND, t_N1, c_DF, s, jnp.zeros((0,), w_DF.dtype))
@@ -119,7 +125,7 @@ def _code_linear_bwd(residuals, g_NF):
     c_DF, q_DN = c_DF.astype(jnp.bfloat16), transposed(q_ND).astype(jnp.bfloat16)
     grad_x = sum(dot(g, c_DF, 1, 1) for g in g_parts) / s
     grad_w = dot(beside([q_DN] * len(g_parts)), jnp.concatenate(scaled_parts), 1, 0)
-    return grad_x.astype(dtype), grad_w.astype(like_w.dtype)
+    return grad_x.astype(dtype), sharding.summed(grad_w.astype(like_w.dtype))
 
 
 code_linear.defvjp(_code_linear_fwd, _code_linear_bwd)

@@ -138,7 +138,15 @@ def build(cfg: Config, replicates: list[Replicate], seams: Seams = STANDARD) -> 
     cfg = resolve_vocab(cfg, tokens.tokenizer.vocab_size)
     windows = data.train_windows(cfg.data, tokens)
     evals, references = evaluation(cfg, tokens, windows, [rep.seed for rep in replicates])
-    mesh = sharding.make_mesh(len(replicates), cfg.data.batch_size)
+    if cfg.data.accumulate > 1 and seams.loss is not STANDARD.loss:
+        raise UserError(
+            f"data.accumulate={cfg.data.accumulate}: not with an experiment's own loss, which need "
+            "not be a mean over positions"
+        )
+    n_rep, batch, parts = len(replicates), cfg.data.batch_size, cfg.data.accumulate
+    mesh = sharding.make_mesh(n_rep, batch // parts)
+    if note := sharding.idle_note(n_rep, batch, parts, jax.device_count()):
+        print(f"note: {note}")
     everywhere = sharding.replicated(mesh)
     standard = seams.quantize_weight is quant.quantize_weight
     used = products.choose((rep.hyper for rep in replicates), standard=standard)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from bitnet_jax import checkpoint, config, config_file, hf, log, optim, sharding, train
 from bitnet_jax.config import Config, Replicate, UserError, nearest
@@ -46,10 +47,11 @@ def checkpoint_place(text: str) -> tuple[Path, int, int | None]:
     Raises UserError when the folder holds no checkpoints.
     """
     folder, step, index = re.fullmatch(r"(.*?)(?:@(\d+)(?::(\d+))?)?", text).groups()
-    steps = checkpoint.kept_steps(Path(folder))
+    folder = epath.Path(folder) if checkpoint.is_remote(folder) else Path(folder)
+    steps = checkpoint.kept_steps(folder)
     if not steps:
-        raise UserError(f"{text}: {_no_source(Path(folder))}")
-    return Path(folder), steps[-1] if step is None else int(step), index and int(index)
+        raise UserError(f"{text}: {_no_source(folder)}")
+    return folder, steps[-1] if step is None else int(step), index and int(index)
 
 
 def _no_source(folder: Path) -> str:
@@ -112,6 +114,8 @@ def load_model(source: str) -> Model:
 
 def run_tokenizer(workdir: Path, step: int) -> Tokenizer:
     """The tokenizer of a workdir; raises UserError unless its checkpoint was trained with it."""
+    if checkpoint.is_remote(workdir):
+        raise UserError(f"{workdir}: holds checkpoints; the tokenizer is in the run's workdir")
     folder = workdir / "tokenizer"
     tokenizer = load_folder(folder)
     if tokenizer.key != saved_corpus(workdir, step)["tokenizer"]["key"]:
@@ -195,7 +199,7 @@ def imported_state(program: Program, folder: Path) -> train.TrainState:
     differing = [
         f"model.{name}={value}"
         for name, value in vars(replace(cfg.model, dtype=ours.dtype)).items()
-        if value != getattr(ours, name)
+        if value != getattr(ours, name) and f"model.{name}" not in config.BOOKKEEPING
     ]
     if differing:
         raise UserError(f"{start}: another model; add --set {' --set '.join(differing)}")

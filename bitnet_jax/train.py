@@ -19,6 +19,8 @@ from bitnet_jax.data import Batch, Windows
 from bitnet_jax.model import Transformer
 from bitnet_jax.products import CODES, PLAIN
 
+MOST_LOGITS = 1 << 27  # of an evaluation, on a device: half a GiB
+
 
 @dataclass(frozen=True)
 class Seams:
@@ -127,7 +129,7 @@ def train_step(
     model = seams.transformer(cfg)
     now = at_step(hyper, state.step)
 
-    def objective(params):
+    def objective(params, batch):
         if seams.loss is loss.training_loss:
             readout = loss.Readout(batch)
             nats = model.apply({"params": params}, batch.inputs, now, readout=readout)
@@ -137,7 +139,11 @@ def train_step(
             logits_BLV, batch
         )
 
-    (_, nats), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    def gradient(batch):
+        (_, nats), grads = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+        return nats, grads
+
+    nats, grads = loss.accumulated(gradient, batch, cfg.data.accumulate)
     grad_norms = jax.tree.map(jnp.linalg.norm, grads)
     norm = optax.tree.norm(grad_norms)
     ok = jnp.isfinite(nats) & jnp.isfinite(norm) & (state.failed == 0)
@@ -251,6 +257,20 @@ def forward(cfg: Config, seams: Seams, params, hyper: Hyper, inputs, per_replica
     return jax.vmap(forward_1, in_axes=axes, spmd_axis_name="replicate")(params, hyper, inputs)
 
 
+def pieces(blocks, n_rep: int, vocab: int):
+    """Blocks [N, B, L, ...] as more and smaller ones, if a device would hold too many logits.
+
+    A piece has as many windows for each device as MOST_LOGITS allows, at least one.
+    """
+    _, n_windows, length = jax.tree.leaves(blocks)[0].shape[:3]
+    n_dev, fits = sharding.n_data(), max(1, MOST_LOGITS // (n_rep * length * vocab))
+    each = -(-n_windows // n_dev)
+    if each <= fits or n_windows % n_dev:
+        return blocks
+    size = n_dev * max(n for n in range(1, fits + 1) if each % n == 0)
+    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[2:]), blocks)
+
+
 def evaluate(cfg: Config, seams: Seams, params, hyper: Hyper, evals: EvalData) -> dict:
     """The `eval/*`, `collapse/*` and `track/*` numbers of R replicates on the small block, [R].
 
@@ -262,7 +282,8 @@ def evaluate(cfg: Config, seams: Seams, params, hyper: Hyper, evals: EvalData) -
         logits_RBLV = forward(cfg, seams, params, hyper, block.inputs, per_replicate)
         return collapse.stats(logits_RBLV, block.targets, block.weights, evals.token_bytes_V)
 
-    held_out = collapse.merge(jax.lax.map(stats, evals.small))
+    blocks = pieces(evals.small, len(hyper.lr_peak), cfg.model.vocab_size)
+    held_out = collapse.merge(jax.lax.map(stats, blocks))
     if evals.tracked is None:
         return collapse.finalize(held_out, held_out, evals.unigram_V)
     tracked = stats(evals.tracked, per_replicate=True)
@@ -280,8 +301,9 @@ def make_large_eval(cfg: Config, seams: Seams = STANDARD) -> Callable:
         now = at_step(hyper, state.step)
 
         def stats(block):
-            batch, nats_KBL = sharding.split_batch(block[0]), block[1]
+            batch, nats_BLK = sharding.split_batch(block)
             logits_RBLV = forward(cfg, seams, state.params, now, batch.inputs)
+            nats_KBL = jnp.moveaxis(nats_BLK, -1, 0)
             return collapse.stats(
                 logits_RBLV, batch.targets, batch.weights, reference_nats_KBL=nats_KBL
             )
@@ -292,7 +314,8 @@ def make_large_eval(cfg: Config, seams: Seams = STANDARD) -> Callable:
             pairs = (forward(cfg, seams, state.params, now, x) for x in (inputs_BL, changed_BL))
             return collapse.future_leak(*(logits_RBLV[..., :place, :] for logits_RBLV in pairs))
 
-        blocks = (evals.large, evals.large_nats_NKBL)
+        blocks = (evals.large, jnp.moveaxis(evals.large_nats_NKBL, 1, -1))
+        blocks = pieces(blocks, len(hyper.lr_peak), cfg.model.vocab_size)
         numbers = collapse.finalize_large(collapse.merge(jax.lax.map(stats, blocks)))
         return numbers | {metrics.FUTURE_LEAK: leak()}
 

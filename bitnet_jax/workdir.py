@@ -97,7 +97,7 @@ def check_same(workdir: Path, settings: dict, corpus: dict) -> None:
     if differs := first_difference(_by_importance(saved), _by_importance(settings)):
         name, was, now = differs
         changed = f"{workdir}: was started with {name}={config.shown(was)}, not {config.shown(now)}"
-        if name.startswith(("model.", "--seeds")):
+        if name.startswith(("model.", "--seeds")) and name not in config.BOOKKEEPING:
             raise UserError(f"{changed}; give another --workdir")
         wanted = {name.rpartition("].")[2]: now}
         if (workdir / "summary.json").exists():

@@ -1,13 +1,18 @@
 """A checkpoint gives back what was saved, anywhere, or says in one line why it cannot."""
 
+import json
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils.epath.backend import fsspec_backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from orbax.checkpoint._src.path import gcs_utils
 
-from bitnet_jax import checkpoint, config, config_file, presets, sharding, train
+from bitnet_jax import checkpoint, config, config_file, presets, restore, sharding, train
 from bitnet_jax.config import RunConfig, UserError
 
 RUN = RunConfig(steps=50, checkpoint_every=20)
@@ -145,6 +150,107 @@ def test_keeps_the_last_two_the_regular_ones_and_the_boundary(tmp_path):
         "45",
         "50",
     ]
+
+
+@pytest.mark.parametrize(
+    ("keep", "end"),
+    [
+        (0, [25, 45, 50]),
+        (1, [25, 40, 45, 50]),  # 20 and 40 are regular: every second one
+        (2, [20, 25, 40, 45, 50]),
+        (9, [20, 25, 40, 45, 50]),
+    ],
+)
+def test_what_is_left_at_the_end_is_known_beforehand(tmp_path, keep, end):
+    run = replace(RUN, save_every=5, keep=keep)
+    assert checkpoint.steps_at_end(run) == end
+    save(tmp_path, {"w": jnp.arange(3.0)}, *range(5, 51, 5), run=run)
+    assert checkpoint.kept_steps(tmp_path) == end
+
+
+def test_no_preset_keeps_more_than_thirteen():
+    for name, cfg in presets.PRESETS.items():
+        assert len(checkpoint.steps_at_end(cfg.run)) <= cfg.run.keep + 3 == 13, name
+    last = checkpoint.steps_at_end(presets.PRESETS["700m"].run)
+    assert last == [*range(10_000, 100_000, 10_000), 99_500, 100_000]
+
+
+class Bucket(DirFileSystem):
+    """What gcsfs gives for gs://, on a folder."""
+
+    protocol = ("gs", "gcs")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://BUCKET/... is a folder, for epath and for tensorstore: no network, no account."""
+    files = Bucket(str(tmp_path / "cloud"), LocalFileSystem())
+
+    def kvstore(path):
+        return {"driver": "file", "path": str(tmp_path / "cloud" / path.removeprefix("gs://"))}
+
+    monkeypatch.setattr(fsspec_backend, "fs", lambda path: files)
+    monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", kvstore)
+    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
+    (tmp_path / "cloud" / "bucket").mkdir(parents=True)
+    return tmp_path / "cloud" / "bucket"
+
+
+def started(workdir, run):
+    """A workdir whose run has begun."""
+    workdir.mkdir(exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps({"run": {"checkpoints": run.checkpoints}}))
+
+
+def test_checkpoints_in_a_bucket(bucket, tmp_path, state, wanted):
+    """Saved, kept by the rule, restored through the workdir and from the bucket; nothing local."""
+    run, workdir = replace(RUN, checkpoints="gs://bucket/run"), tmp_path / "run"
+    started(workdir, run)
+    save(workdir, state, 10, 15, 20, run=run)
+    assert checkpoint.kept_steps(workdir) == [15, 20] == checkpoint.kept_steps("gs://bucket/run")
+    assert (bucket / "run" / "20" / checkpoint.MANIFEST).exists()
+    assert not (bucket / "run" / "10").exists()
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+    assert_same(checkpoint.restore(workdir, 20, wanted), state)
+    assert_same(checkpoint.restore("gs://bucket/run", 15, wanted), state)
+    assert checkpoint.load_config("gs://bucket/run", 15) == {"replicates": [{}, {}]}
+    place, step, index = restore.checkpoint_place("gs://bucket/run@15:1")
+    assert (str(place), step, index) == ("gs://bucket/run", 15, 1)
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_named(bucket, tmp_path, state, wanted):
+    run = replace(RUN, checkpoints="gs://bucket/run")
+    started(tmp_path / "run", run)
+    save(tmp_path / "run", state, 10, 15, run=run)
+    path = max((bucket / "run" / "15").rglob("*"), key=lambda p: p.is_file() * p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"damaged checkpoint: {path.relative_to(bucket / 'run' / '15')}" in error_of(
+        tmp_path / "run", 15, wanted
+    )
+    (bucket / "run" / "15" / checkpoint.MANIFEST).unlink()  # a save that was cut off
+    save(tmp_path / "run", state, 15, run=run)
+    assert_same(checkpoint.restore(tmp_path / "run", 15, wanted), state)
+
+
+def test_a_new_run_does_not_write_where_another_has(tmp_path):
+    run = replace(RUN, checkpoints=str(tmp_path / "disk"))
+    started(tmp_path / "one", run)
+    save(tmp_path / "one", {"w": jnp.zeros(1)}, 10, run=run)
+    assert checkpoint.kept_steps(tmp_path / "one") == [10]
+    with pytest.raises(UserError, match="holds checkpoints of another run"):
+        checkpoint.open_manager(tmp_path / "two", run)
+
+
+def test_a_place_that_cannot_be_used_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match=r"^run.checkpoints=s3://x: use an absolute folder or gs:"):
+        replace(RUN, checkpoints="s3://x")
+
+    def no_library(path):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(fsspec_backend, "fs", no_library)
+    with pytest.raises(UserError, match="pip install gcsfs"):
+        checkpoint.kept_steps("gs://bucket/run")
 
 
 def test_a_checkpoint_is_complete_when_save_returns(tmp_path, wanted):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from bitnet_jax import config, config_file, presets, run
@@ -159,8 +158,8 @@ def test_workdir_that_is_a_file(command, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["", " "])
-def test_a_workdir_needs_a_name(command, name):
+@pytest.mark.parametrize("name", ["", " ", "gs://bucket/run"])
+def test_a_workdir_is_a_folder_with_a_name(command, name):
     status, _, err = command(f"--workdir={name}")
     assert status == 2 and "--workdir" in only_line(err)
 
@@ -317,21 +316,7 @@ def test_dry_run_tells_and_writes_nothing(bitnet, tmp_path, monkeypatch):
     assert (status, err) == (0, "") and not any(tmp_path.iterdir())
     assert "model.d_model=768" in out and "parameters: 123,585,024\n" in out
     assert f"{32 * 1024:,} a step, {32 * 1024 * 10_000:,} in all" in out
-
-
-def test_the_estimate_of_parameters_is_that_of_the_model(tiny):
-    rep = presets.make_replicates(tiny, [0], {})[0]
-    n_params, n_bytes = command_train.sizes(tiny, rep, 300)
-    shapes = jax.eval_shape(lambda: command_train_state(tiny, rep))
-    assert n_params == sum(x.size for x in jax.tree.leaves(shapes))
-    assert n_bytes > 20 * n_params
-
-
-def command_train_state(cfg, rep):
-    from bitnet_jax import train
-
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=300))
-    return train.init_state(cfg, rep.hyper, 0).params
+    assert "checkpoints: 1.48 GB each, 11 at the end: 16.3 GB" in out
 
 
 # What a run prints

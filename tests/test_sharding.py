@@ -43,12 +43,13 @@ def test_mesh_takes_all_devices_unless_told():
         ((2, 256), 4, P("replicate", None)),  # small: copied
         ((2, 512, 511), 4, P("replicate", None, None)),  # just below the limit
         ((2, 512, 512), 4, P("replicate", "data", None)),
-        ((2, 512, 1024), 4, P("replicate", None, "data")),  # the largest axis
-        ((2, 512, 1025), 4, P("replicate", None, None)),  # no smaller one in its place
+        ((2, 512, 1024), 4, P("replicate", "data", None)),  # the first axis, not the largest
+        ((2, 50257, 512), 4, P("replicate", None, "data")),  # the first that divides
+        ((2, 513, 513), 4, P("replicate", None, None)),
         ((512, 512, 1), 4, P("replicate", None, None)),  # replicates do not make a leaf large
     ],
 )
-def test_large_leaves_split_their_largest_axis_if_it_divides(shape, n_data, spec):
+def test_large_leaves_split_their_first_axis_that_divides(shape, n_data, spec):
     assert sharding.leaf_spec(shape, n_data) == spec
 
 

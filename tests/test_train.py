@@ -221,11 +221,11 @@ def test_one_device_equals_eight(four, one_device):
 
 
 def test_one_device_equals_eight_quantised(one_device, trained):
-    """For as long as no activation has rounded the other way."""
+    """Nearly: an activation or a weight that rounds the other way changes the loss a little."""
     _, (row,) = one_device.run(one_device.init())
     _, numbers = trained
     for key in ("train/loss", "eval/loss"):
-        np.testing.assert_allclose(row[key], numbers[0][key], rtol=1e-5)
+        np.testing.assert_allclose(row[key], numbers[0][key], rtol=3e-5)
 
 
 def test_state_is_spread_over_the_devices(four, trained):

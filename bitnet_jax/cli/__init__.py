@@ -10,6 +10,7 @@ from bitnet_jax.cli import flags
 
 COMMANDS = {
     "train": "train replicates side by side, and write a page of what happened",
+    "plan": "say what a run will need on a TPU, on GPUs or here, and whether it fits",
     "check": "test quantisers, model, loss and optimiser before training",
     "predict": "say before training whether weight decay inside Adam will collapse a run",
     "triage": "say what is wrong with a checkpoint, most likely cause first",

@@ -218,6 +218,10 @@ def add_text(parser: Parser) -> None:
 def _folder(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a folder")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text}: a workdir is local; put checkpoints there: --set run.checkpoints={text}"
+        )
     return Path(text)
 
 

@@ -89,6 +89,9 @@ def tell(request: flags.Request, summary: dict) -> int:
 
 def describe(request: flags.Request) -> list[str]:
     """What would be trained: every field, parameters, steps, tokens and memory."""
+    import jax
+
+    from bitnet_jax import checkpoint, plan, shapes
     from bitnet_jax.config import HYPER_FIELDS
 
     cfg, replicates = request.cfg, request.replicates
@@ -100,8 +103,12 @@ def describe(request: flags.Request) -> list[str]:
     for rep in replicates:
         numbers = " ".join(f"{name}={getattr(rep.hyper, name):g}" for name in HYPER_FIELDS)
         lines.append(f"{rep.name} seed {rep.seed}: {numbers}")
-    vocab, said = vocabulary(cfg)
-    n_params, n_bytes = sizes(cfg, replicates[0], vocab)
+    vocab, said = shapes.vocabulary(cfg)
+    mesh = shapes.abstract_mesh(cfg, len(replicates), n_devices=1)
+    program = shapes.abstract_program(cfg, replicates, mesh, "cpu")
+    state = program.abstract_state
+    n_params = sum(x.size for x in jax.tree.leaves(state.params)) // len(replicates)
+    size, n_kept = shapes.size_of(state), len(checkpoint.steps_at_end(cfg.run))
     per_step = cfg.data.batch_size * cfg.data.seq_len
     many = f", {len(replicates)} replicates" if len(replicates) > 1 else ""
     return [
@@ -111,45 +118,8 @@ def describe(request: flags.Request) -> list[str]:
         f"parameters: {n_params:,}{many}",
         f"steps: {cfg.run.steps:,}, the second stage from {cfg.run.boundary + 1:,} on",
         f"tokens: {per_step:,} a step, {per_step * cfg.run.steps:,} in all, per replicate",
-        f"memory: about {len(replicates) * n_bytes / 1e9:.3g} GB, besides the corpus",
+        f"memory: about {plan.estimate(program, state).used / 1e9:.3g} GB on one device, besides "
+        "the corpus; bitnet plan tells of more devices",
+        f"checkpoints: {size / 1e9:.3g} GB each, {n_kept} at the end: {n_kept * size / 1e9:.3g} GB",
         f"workdir: {request.workdir}",
     ]
-
-
-def vocabulary(cfg) -> tuple[int, str]:
-    """Size of the vocabulary, without a look at the corpus, and where it is from."""
-    kind, _, argument = cfg.data.tokenizer.partition(":")
-    if cfg.model.vocab_size is not None:
-        return cfg.model.vocab_size, ""
-    if kind == "bpe":
-        return int(argument), " (fewer on a small corpus)"
-    if kind == "hf":
-        from pathlib import Path
-
-        from bitnet_jax import tokenizer
-
-        return tokenizer.load_folder(Path(argument)).vocab_size, ""
-    return 50257, ""
-
-
-def sizes(cfg, replicate, vocab: int) -> tuple[int, int]:
-    """Parameters of one replicate, and roughly the bytes it needs in training.
-
-    In float32 weights, gradient, two moments and the update; the logits and their gradient; of each
-    layer what the backward pass keeps, in the compute type. At 125m and 32 x 1024 tokens it says
-    45 GiB, where XLA needs 35 on a TPU v5e and 52 on an H200.
-    """
-    from dataclasses import replace
-
-    import jax
-    import jax.numpy as jnp
-
-    from bitnet_jax import train
-
-    model, positions = cfg.model, cfg.data.batch_size * cfg.data.seq_len
-    cfg = replace(cfg, model=replace(model, vocab_size=vocab))
-    params = jax.eval_shape(lambda: train.init_state(cfg, replicate.hyper, 0)).params
-    n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    width = 12 * model.d_model + 6 * model.d_ff + 2 * model.n_heads * cfg.data.seq_len
-    kept = model.n_layers * width * jnp.dtype(model.dtype).itemsize
-    return n_params, 20 * n_params + positions * (6 * vocab + kept)

@@ -3,13 +3,23 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from bitnet_jax import config, config_file, data, log, presets, products, program, run, train
+from bitnet_jax import (
+    checkpoint,
+    config,
+    config_file,
+    data,
+    log,
+    presets,
+    products,
+    program,
+    run,
+    train,
+)
 from bitnet_jax.config import Config, Replicate, UserError, check_known
 from bitnet_jax.train import STANDARD, Seams
 from experiments.lab import rows
@@ -125,7 +135,7 @@ def train_group(
                 row["extra"][name] = value
         log.write_json(finished, made)
         if not keep:
-            shutil.rmtree(workdir / "checkpoints")
+            checkpoint.place(workdir).rmtree()
     return json.loads(finished.read_text())
 
 
