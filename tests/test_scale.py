@@ -9,7 +9,18 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bitnet_jax import checkpoint, config, config_file, data, loss, presets, run, sharding, train
+from bitnet_jax import (
+    checkpoint,
+    config,
+    config_file,
+    data,
+    loss,
+    presets,
+    program,
+    run,
+    sharding,
+    train,
+)
 from bitnet_jax.config import UserError
 from bitnet_jax.products import CODES
 
@@ -181,9 +192,13 @@ def test_the_state_is_that_of_the_unrolled_model():
     assert one == other
 
 
-def test_accumulation_must_divide_the_batch_and_needs_a_mean():
+def test_accumulation_must_divide_the_batch_and_needs_a_mean(tiny):
     with pytest.raises(UserError, match=r"data.accumulate=3 must divide data.batch_size=8"):
         config_of("data.accumulate=3")
+    cfg, _ = presets.override(tiny, [HALVES])
+    own = dataclasses.replace(train.STANDARD, loss=lambda *_: 0.0)
+    with pytest.raises(UserError, match="not with an experiment's own loss"):
+        program.build(cfg, presets.make_replicates(cfg, [0], {}), own)
 
 
 def test_2b_is_the_published_shape():
