@@ -31,7 +31,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax import products, quant
 from bitnet_jax.config import Hyper, ModelConfig, UserError, rope_scaling_numbers
-from bitnet_jax.sharding import by_columns, gathered, split_batch, stacked, whole
+from bitnet_jax.sharding import by_columns, gathered, split_batch, stacked, summed, whole
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -89,7 +89,8 @@ def product(x_ND: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     """Rows times a matrix [D, F] (axis 0) or [F, D] (axis 1): float32 [N, F].
 
     A custom_vjp on rows, because XLA:CPU computes the derived gradient of a matrix transposed and
-    copies it, which costs most for the head of a large vocabulary.
+    copies it, which costs most for the head of a large vocabulary. Devices that share a batch sum
+    that gradient in float32.
     """
     return products.dot(x_ND, w, 1, axis)
 
@@ -103,7 +104,7 @@ def _product_bwd(axis, residuals, grad_NF):
     grad_NF = grad_NF.astype(x_ND.dtype)
     pair = (x_ND, grad_NF) if axis == 0 else (grad_NF, x_ND)
     grad_x, grad_w = products.dot(grad_NF, w, 1, 1 - axis), products.dot(*pair, 0, 0)
-    return grad_x.astype(x_ND.dtype), grad_w.astype(w.dtype)
+    return grad_x.astype(x_ND.dtype), summed(grad_w).astype(w.dtype)
 
 
 product.defvjp(_product_fwd, _product_bwd)

@@ -144,11 +144,11 @@ def summed(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gathered(x: jax.Array) -> jax.Array:
-    """`x` on every device, from the parts of a state; its gradient is summed into such parts."""
+    """`x` on every device, from the parts of a state; its gradient comes in such parts."""
     return whole(x)
 
 
-gathered.defvjp(lambda x: (whole(x), None), lambda _, grad: (summed(grad),))
+gathered.defvjp(lambda x: (whole(x), None), lambda _, grad: (as_state(grad),))
 
 
 def stacked(trees: list):
