@@ -276,6 +276,12 @@ class RunConfig:
     recipes: tuple[str, ...] = _field(
         ("coupled", "published"), "hyper-parameter sets, side by side"
     )
+    published_peak: float = _field(
+        1.5e-3,
+        "highest learning rate of recipe published, whose other rates keep their ratio to it",
+        within=(0.0, 1e3),
+        bookkeeping=True,
+    )
     late_schedule: bool = _field(
         False,
         "schedules step after the optimiser, as in the report's code: update 1 has the peak rate "

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from bitnet_jax import log, presets
-from bitnet_jax.config import Hyper
+from bitnet_jax.config import Hyper, RunConfig
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS, MUTUAL_INFORMATION, metric
 from experiments.lab import rows
 from experiments.lab.arms import Arm, Group, Request, check_free, chosen, groups, place, train_group
@@ -54,7 +54,7 @@ def changes(fork: str, hyper: Hyper) -> dict[str, float]:
 
 
 ARMS = tuple(
-    Arm(f"{kind} {fork}", kind, **changes(fork, presets.RECIPES[kind](1000)))
+    Arm(f"{kind} {fork}", kind, **changes(fork, presets.RECIPES[kind](RunConfig(steps=1000))))
     for kind in KINDS
     for fork in (UNFORKED, *FORKS)
 )

@@ -232,7 +232,7 @@ def test_replicates_run_through_the_seeds_of_one_recipe_before_the_next():
     ],
 )
 def test_warmup_of_the_recipes(recipe, steps, warmup):
-    hyper = presets.RECIPES[recipe](steps)
+    hyper = presets.RECIPES[recipe](RunConfig(steps=steps))
     assert hyper.warmup_steps == warmup
     presets.check_hyper(RunConfig(steps=steps), hyper)
 
@@ -240,13 +240,22 @@ def test_warmup_of_the_recipes(recipe, steps, warmup):
 def test_coupled_decays_every_parameter_and_published_only_matrices_in_stage_1():
     """`coupled` and `decoupled` differ in nothing but where the same decay enters."""
     coupled, decoupled, published = (
-        presets.RECIPES[name](1000) for name in ("coupled", "decoupled", "published")
+        presets.RECIPES[name](RunConfig(steps=1000))
+        for name in ("coupled", "decoupled", "published")
     )
     assert (coupled.coupled_1, coupled.coupled_2, coupled.decay_rest) == (0.1, 0.05, 1)
     swapped = coupled.replace(coupled_1=0.0, coupled_2=0.0, decoupled_1=0.1, decoupled_2=0.05)
     assert decoupled == swapped
     assert (published.decoupled_1, published.decoupled_2, published.decay_rest) == (0.1, 0, 0)
     assert (published.coupled_1, published.coupled_2) == (0, 0)
+
+
+def test_a_peak_scales_the_rates_of_published_alone():
+    low, high = RunConfig(1000, published_peak=1e-3), RunConfig(1000, published_peak=2e-3)
+    for name, recipe in presets.RECIPES.items():
+        factor = 2 if name == "published" else 1
+        for rate in ("lr_peak", "lr_stage1_end", "lr_stage2_start", "lr_final"):
+            assert getattr(recipe(high), rate) == factor * getattr(recipe(low), rate)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 from lab_rows import make_rows
 
 from bitnet_jax import data, model, presets, program, quant
+from bitnet_jax.config import RunConfig
 from bitnet_jax.loss import training_loss
 from bitnet_jax.signatures import CAUSES
 from experiments import faults as study
@@ -74,7 +75,7 @@ def test_the_shifted_loss_scores_the_token_after_the_next():
     batch = windows().cut(np.array([0]))
     after_next = batch.targets[0] + 1
     logits = 50.0 * jax.nn.one_hot(after_next, 100)[None]  # sure of x[t + 2]
-    hyper, unigram_V = presets.RECIPES["decoupled"](10), np.ones(100) / 100
+    hyper, unigram_V = presets.RECIPES["decoupled"](RunConfig(steps=10)), np.ones(100) / 100
     assert study.shifted_loss(logits, batch, hyper, unigram_V) < 1e-3
     assert training_loss(logits, batch, hyper, unigram_V) > 10
 

@@ -137,7 +137,7 @@ def test_schedules_start_at_the_peak_after_the_warm_up():
 
 
 def test_the_report_s_schedule_is_two_stage():
-    run, hyper = RunConfig(steps=1000), presets.RECIPES["coupled"](1000)
+    run, hyper = RunConfig(steps=1000), presets.RECIPES["coupled"](RunConfig(steps=1000))
     ours = forecast.of_run(Config(ModelConfig(layout="report"), run=run), hyper, ZIPF, 3e-4)[
         0
     ].rates_T
@@ -147,10 +147,14 @@ def test_the_report_s_schedule_is_two_stage():
 
 def test_a_setting_of_ours_has_the_decays_of_both_stages_and_the_initialisation():
     cfg = Config(ModelConfig(layout="report", tied_embedding=False, d_model=64), run=RunConfig(100))
-    found, decay = forecast.of_run(cfg, presets.RECIPES["coupled"](100), ZIPF, 3e-4)
+    found, decay = forecast.of_run(
+        cfg, presets.RECIPES["coupled"](RunConfig(steps=100)), ZIPF, 3e-4
+    )
     assert decay == pytest.approx(0.1) and found.init == 1 / 8 and found.uniform
     np.testing.assert_allclose(found.shape_T, [1] * 50 + [0.5] * 50)
-    _, outside = forecast.of_run(cfg, presets.RECIPES["decoupled"](100), ZIPF, 3e-4)
+    _, outside = forecast.of_run(
+        cfg, presets.RECIPES["decoupled"](RunConfig(steps=100)), ZIPF, 3e-4
+    )
     assert outside == 0
 
 

@@ -31,7 +31,7 @@ from experiments.lab.studies import QUICK
 
 STEPS, BOUNDARY = 8, 4
 RUN = RunConfig(steps=1000)
-COUPLED = presets.RECIPES["coupled"](1000)
+COUPLED = presets.RECIPES["coupled"](RunConfig(steps=1000))
 
 
 def schedule(fork):

@@ -10,7 +10,7 @@ import pytest
 from lab_rows import make_rows
 
 from bitnet_jax import data, model, optim, presets
-from bitnet_jax.config import Hyper
+from bitnet_jax.config import Hyper, RunConfig
 from bitnet_jax.data import Batch
 from bitnet_jax.loss import cross_entropy, training_loss
 from bitnet_jax.metrics import HELD_OUT_LOSS
@@ -28,7 +28,7 @@ GROUPS = {
 
 
 def hyper(**changes) -> Hyper:
-    return presets.RECIPES["published"](16).replace(extra=planted.SOUND | changes)
+    return presets.RECIPES["published"](RunConfig(steps=16)).replace(extra=planted.SOUND | changes)
 
 
 def batch() -> Batch:

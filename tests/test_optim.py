@@ -214,7 +214,7 @@ def test_no_recipe_decays_the_output_bias(case, recipe):
     """Coupled or not: without a gradient not one bit of it changes in either stage."""
     params, grads = case
     zeros = jax.tree.map(np.zeros_like, grads)
-    path_N, *_ = train64(presets.RECIPES[recipe](50), params, zeros)
+    path_N, *_ = train64(presets.RECIPES[recipe](RunConfig(steps=50)), params, zeros)
     bias_N, start = path_N["output_bias"], params["output_bias"]
     np.testing.assert_array_equal(bias_N, np.broadcast_to(start, bias_N.shape))
     assert not np.array_equal(
@@ -269,7 +269,9 @@ def test_a_changed_hyper_compiles_nothing(case):
     ],
 )
 def test_learning_rate_of_the_recipes_at_1000_steps(recipe, n, rate):
-    found = optim.learning_rate(presets.RECIPES[recipe](1000), n, RunConfig(steps=1000))
+    found = optim.learning_rate(
+        presets.RECIPES[recipe](RunConfig(steps=1000)), n, RunConfig(steps=1000)
+    )
     assert float(found) == pytest.approx(rate, rel=1e-5, abs=1e-12)
 
 
@@ -277,7 +279,7 @@ def test_a_late_schedule_is_that_of_the_update_before():
     """Update 1 has the peak and no decay; stage 1 lasts one update longer, in rate and decay."""
     run = RunConfig(steps=1000)
     late, n = RunConfig(steps=1000, late_schedule=True), np.arange(1, 1001)
-    hyper = presets.RECIPES["coupled"](1000)
+    hyper = presets.RECIPES["coupled"](RunConfig(steps=1000))
     rates = np.asarray(optim.learning_rate(hyper, n, late))
     assert rates[0] == np.float32(1.5e-3)
     np.testing.assert_array_equal(rates[1:], optim.learning_rate(hyper, n[:-1], run))
@@ -302,7 +304,7 @@ def test_learning_rate_without_warmup_starts_at_the_peak():
 @pytest.mark.parametrize("steps", [2, 3, 20])
 @pytest.mark.parametrize("recipe", presets.RECIPES)
 def test_every_update_of_a_short_run_has_a_rate_within_the_peak(recipe, steps):
-    run, hyper = RunConfig(steps=steps), presets.RECIPES[recipe](steps)
+    run, hyper = RunConfig(steps=steps), presets.RECIPES[recipe](RunConfig(steps=steps))
     rates = np.asarray(optim.learning_rate(hyper, np.arange(1, steps + 1), run))
     assert np.all(rates[:-1] > 0) and rates[-1] == np.float32(hyper.lr_final)
     assert rates.max() == np.float32(1.5e-3)

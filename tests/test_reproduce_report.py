@@ -115,7 +115,7 @@ def frame(seeds=3, **changed):
     made = [row for steps in (1000, 10_000) for row in make_rows(losses, steps=steps, **sets)]
     for row in made:
         length = row["config"]["run"]["steps"]
-        hyper = presets.RECIPES["coupled"](length)
+        hyper = presets.RECIPES["coupled"](RunConfig(steps=length))
         row["config"]["hyper"] = {"warmup_steps": hyper.warmup_steps, "lr_peak": hyper.lr_peak}
         row["curve"] |= {"step": [0, 100, 200], LOGIT_STD: [0.5, 0.375, 0.125]}
         milestones = {step: {"step": step, "unique": 5, "loss": 5.5, "logit_std": 0.1}

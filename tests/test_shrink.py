@@ -9,7 +9,7 @@ from scipy.special import entr
 from bitnet_jax import optim, presets, shrink
 from bitnet_jax.config import Hyper, OptimConfig, RunConfig
 
-REPORT = RunConfig(steps=1000), presets.RECIPES["coupled"](1000)
+REPORT = RunConfig(steps=1000), presets.RECIPES["coupled"](RunConfig(steps=1000))
 RNG = np.random.default_rng(0)
 
 
@@ -31,7 +31,7 @@ def test_the_weights_beyond_1_1_that_the_report_counts_follow_from_the_schedule(
 def test_starved_weights_equal_the_optimiser_without_loss_gradients(late):
     """Also where they overshoot 0, and with the schedule and the decay of both stages."""
     run = RunConfig(steps=200, late_schedule=late)
-    hyper = presets.RECIPES["coupled"](200).replace(decay_rest=0.5, lr_peak=2e-2)
+    hyper = presets.RECIPES["coupled"](RunConfig(steps=200)).replace(decay_rest=0.5, lr_peak=2e-2)
     start = np.array([-2.5, -1.0, 0.2, 0.9, 1.774])
     with jax.enable_x64(True):
         params = {"embed": {"embedding": jnp.asarray(start)}, "head": {"kernel": jnp.zeros(())}}

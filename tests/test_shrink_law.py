@@ -7,7 +7,7 @@ import pytest
 from lab_rows import make_rows
 
 from bitnet_jax import presets, shrink
-from bitnet_jax.config import Replicate, UserError
+from bitnet_jax.config import Replicate, RunConfig, UserError
 from experiments import shrink_law as study
 from experiments.lab import arms, claims, rows
 from experiments.lab.studies import BOOKS
@@ -44,7 +44,7 @@ def run_of(recipe, ratio):
     columns |= {study.UPDATE_SHARE + g: np.full((1, len(steps) - 1), 0.5) for g in study.GROUPS}
     return types.SimpleNamespace(
         cfg=cfg,
-        replicates=[Replicate(recipe, 0, presets.RECIPES[recipe](cfg.run.steps))],
+        replicates=[Replicate(recipe, 0, presets.RECIPES[recipe](cfg.run))],
         steps=steps,
         column=lambda key, kind="eval": columns[key],
         trains=[[{"step": step} for step in steps[1:].tolist()]],
@@ -52,7 +52,7 @@ def run_of(recipe, ratio):
 
 
 def test_a_log_that_follows_the_law_is_measured_so():
-    cfg, hyper = config_of(), presets.RECIPES["coupled"](300)
+    cfg, hyper = config_of(), presets.RECIPES["coupled"](RunConfig(steps=300))
     total = shrink.summed_rate(cfg.run, hyper)
     run = run_of("coupled", lambda steps: shrink.spread_ratio(total[steps], 64**-0.5))
     found = study.against_law(run, 0)

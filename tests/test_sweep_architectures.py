@@ -9,7 +9,7 @@ import pytest
 from test_lab import make_rows
 
 from bitnet_jax import presets, quant, train
-from bitnet_jax.config import Hyper
+from bitnet_jax.config import Hyper, RunConfig
 from experiments import sweep_architectures as study
 from experiments.lab import arms, rows
 from experiments.lab.arms import Request
@@ -29,7 +29,7 @@ def test_every_change_makes_a_valid_model_of_one_changed_factor():
     factors = {"d_ff": "d_model", "act_quant": "weight_quant"}  # move together
     for arm in study.ARMS:
         cfg, (rep,), base = arms.replicates(request, arm, 1)
-        plain = presets.RECIPES[arm.recipe](20)
+        plain = presets.RECIPES[arm.recipe](RunConfig(steps=20))
         moved = {
             n for n in vars(plain) if n != "extra" and getattr(plain, n) != getattr(rep.hyper, n)
         }

@@ -25,7 +25,7 @@ def make(ends=ENDS, counts=COUNTS, seeds=3):
     made = []
     for kind, losses in ends.items():
         for steps, end, count in zip(LENGTHS, losses, counts, strict=True):
-            hyper = presets.RECIPES[kind](steps).replace(warmup_steps=15.0)
+            hyper = presets.RECIPES[kind](RunConfig(steps=steps)).replace(warmup_steps=15.0)
             some = [end + seed / 100 for seed in range(seeds)]
             for row in make_rows({kind: some}, steps=steps, context=0.5):
                 at = [step for step in LENGTHS if step <= steps]

@@ -28,7 +28,7 @@ def config_of(steps, layout="report"):
 
 
 def test_coupled_decay_alone_is_the_scalar_adam_recursion():
-    cfg, hyper = config_of(200), presets.RECIPES["coupled"](200)
+    cfg, hyper = config_of(200), presets.RECIPES["coupled"](RunConfig(steps=200))
     path = weights.without_gradient(cfg, hyper, START)
     end = shrink.starved_weight(START, OptimConfig(), RunConfig(steps=200), hyper)
     np.testing.assert_allclose(path[0], START)
@@ -46,14 +46,14 @@ def test_decoupled_decay_alone_is_the_product_of_its_factors():
 
 def test_the_count_for_the_reports_run():
     """979,330 of its 12,865,792 embedding entries; the report counted 981,223."""
-    cfg, hyper = config_of(1000), presets.RECIPES["coupled"](1000)
+    cfg, hyper = config_of(1000), presets.RECIPES["coupled"](RunConfig(steps=1000))
     first, last = weights.counts_without_gradient(cfg, hyper, [0, 1000])
     np.testing.assert_allclose(first, 12_865_792 * 0.271332, rtol=1e-4)
     np.testing.assert_allclose(last, 979_330, rtol=1e-4)
 
 
 def test_a_small_initialisation_has_nothing_above_the_threshold():
-    cfg, hyper = config_of(40, "b158"), presets.RECIPES["published"](40)
+    cfg, hyper = config_of(40, "b158"), presets.RECIPES["published"](RunConfig(steps=40))
     assert weights.counts_without_gradient(cfg, hyper, [0, 40]) == [0, 0]
 
 
@@ -115,7 +115,7 @@ def test_weights_of_a_run_over_its_kept_steps():
     )
     run = types.SimpleNamespace(
         cfg=cfg,
-        replicates=[Replicate("coupled", 0, presets.RECIPES["coupled"](20))],
+        replicates=[Replicate("coupled", 0, presets.RECIPES["coupled"](RunConfig(steps=20)))],
         kept_steps=[1],
         states_at=lambda step: types.SimpleNamespace(params=(start, later)[step]),
         replicate=lambda tree, index: tree,

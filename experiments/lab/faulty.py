@@ -42,7 +42,7 @@ def published_rates(factor: float) -> dict:
     """The learning rates of the recipe `published` times a factor, at the arm's length."""
 
     def rate(name):
-        return lambda cfg: factor * getattr(presets.RECIPES["published"](cfg.run.steps), name)
+        return lambda cfg: factor * getattr(presets.RECIPES["published"](cfg.run), name)
 
     names = ("lr_peak", "lr_stage1_end", "lr_stage2_start", "lr_final")
     return {name: rate(name) for name in names}
