@@ -2,7 +2,7 @@
 
 Each module imports only from those before it:
 
-config -> config_file -> hosts -> presets -> metrics -> stopping -> cache -> metaspace
+fields -> config -> config_file -> hosts -> presets -> metrics -> stopping -> cache -> metaspace
 -> tokenizer -> documents -> corpus -> tokens -> data -> reference -> sharding -> quant
 -> products -> model -> loss -> optim -> shrink -> forecast -> elsewhere -> collapse -> verdict
 -> judging -> log -> train -> checkpoint -> hf_files -> hf_config -> hf_weights -> hf

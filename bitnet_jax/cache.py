@@ -27,7 +27,7 @@ from typing import BinaryIO, TypeVar
 import filelock
 
 from bitnet_jax import stopping
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 
 BLOCK_BYTES = 1 << 22  # a checksum is taken of blocks of this size, in parallel
 PROBE_SECONDS = 5

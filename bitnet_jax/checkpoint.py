@@ -18,7 +18,8 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from bitnet_jax import hosts, log
-from bitnet_jax.config import RunConfig, UserError
+from bitnet_jax.config import RunConfig
+from bitnet_jax.fields import UserError
 
 MANIFEST = "manifest.json"  # checksums of a checkpoint's files, written last
 
@@ -29,17 +30,19 @@ def is_remote(place) -> bool:
 
 
 def place(workdir) -> epath.Path:
-    """The folder of a run's checkpoints: as its config.json says, else inside the workdir.
+    """The folder of a run's checkpoints: inside the workdir, else as its config.json says.
 
     A bucket's folder is its own place, whatever workdir it belongs to. Raises UserError where the
     libraries of a bucket are not installed.
     """
     if is_remote(workdir):
         return _usable(str(workdir))
-    settings = Path(workdir) / "config.json"
-    run = log.read_json(settings).get("run") if settings.exists() else None
+    inside, settings = Path(workdir).absolute() / "checkpoints", Path(workdir) / "config.json"
+    if inside.exists() or not settings.exists():
+        return epath.Path(inside)
+    run = log.read_json(settings).get("run")
     elsewhere = run.get("checkpoints") if isinstance(run, dict) else None
-    return _usable(elsewhere or str(Path(workdir).absolute() / "checkpoints"))
+    return _usable(elsewhere or str(inside))
 
 
 def _usable(text: str) -> epath.Path:

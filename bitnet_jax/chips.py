@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from bitnet_jax.config import UserError, shown
+from bitnet_jax.fields import UserError, shown
 
 GIB = 1 << 30
 SQUARE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

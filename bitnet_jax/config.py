@@ -5,67 +5,21 @@ the jitted step takes as an argument, so one program serves every arm of a sweep
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-
-class UserError(Exception):
-    """A mistake in what the user asked for: shown as one line."""
-
-    exit_status = 2
-
-
-POSITIVE = (1e-30, 1e30)  # numbers that float32 holds, with room for their products
-COUNT = (1, 2**31 - 1)  # indices on the device are int32
-
-
-def _field(default, text, *, choices=None, within=None, bookkeeping=False):
-    """A field with its meaning, its choices or its range (low, high), both ends included.
-
-    `bookkeeping`: changes neither what is trained nor what is compared, so rows of experiments that
-    differ in it belong to one study.
-    """
-    metadata = {"help": text, "choices": choices, "within": within, "bookkeeping": bookkeeping}
-    return field(
-        **{"default_factory" if default is dict else "default": default}, metadata=metadata
-    )
-
-
-def shown(value, most: int = 60) -> str:
-    """A value as one line of about `most` characters at most, for messages."""
-    text = repr(value)[1:-1] if isinstance(value, str) else str(value)
-    return text if len(text) <= most else f"{text[: most - 20]}... ({len(text)} characters)"
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean X?` when a known name is near, else the empty string."""
-    near = difflib.get_close_matches(str(name), list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def check_known(name: str, names: Iterable[str], kind: str) -> None:
-    """Raise UserError unless `name` is one of `names`, naming them and the nearest."""
-    if name not in names:
-        listed = ", ".join(names)
-        raise UserError(f"unknown {kind} {shown(name)}; known: {listed}{nearest(name, names)}")
-
-
-def check_fields(part, section: str) -> None:
-    """Raise UserError for the first field of `part` outside its choices or its range."""
-    for f in dataclasses.fields(part):
-        value, path = getattr(part, f.name), f"{section}.{f.name}"
-        choices, within = f.metadata["choices"], f.metadata["within"]
-        if choices and value not in choices:
-            raise UserError(
-                f"{path}={shown(value)}: use {' or '.join(choices)}{nearest(value, choices)}"
-            )
-        if within and value is not None and not within[0] <= value <= within[1]:
-            raise UserError(f"{path}={shown(value)}: must lie in {within[0]:g} .. {within[1]:g}")
+from bitnet_jax.fields import (
+    COUNT,
+    POSITIVE,
+    UserError,
+    check_fields,
+    nearest,
+    setting,
+    shown,
+)
 
 
 def rope_scaling_numbers(text: str | None) -> tuple[float, float, float, float] | None:
@@ -90,49 +44,49 @@ def rope_scaling_numbers(text: str | None) -> tuple[float, float, float, float] 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    layout: str = _field(
+    layout: str = setting(
         "b158",
         "b158: pre-norms and two sub-norms, a scale per projection; llama: the same without "
         "sub-norms; report: pre-norms, a norm in every BitLinear, fused q/k/v and gate/up",
         choices=("b158", "llama", "report"),
     )
-    activation: str = _field(
+    activation: str = setting(
         "relu2",
         "of the gate, by transformers' name; relu2 is that of BitNet b1.58 2B4T, silu (SwiGLU) "
         "that of Llama and the only one that stock llama.cpp runs",
         choices=("relu2", "silu", "gelu", "gelu_pytorch_tanh", "relu"),
     )
-    vocab_size: int | None = _field(
+    vocab_size: int | None = setting(
         None, "rows of the embedding; none: the tokenizer's", within=(2, 2**24)
     )
-    d_model: int = _field(256, "width of the residual stream", within=(1, 2**20))
-    n_layers: int = _field(4, "number of blocks", within=(1, 10_000))
-    n_heads: int = _field(4, "query heads", within=(1, 2**20))
-    n_kv_heads: int = _field(4, "key and value heads", within=(1, 2**20))
-    d_ff: int = _field(512, "width of the gated feed-forward layer", within=(1, 2**20))
-    tied_embedding: bool = _field(True, "use the embedding as the output head")
-    output_bias: bool = _field(
+    d_model: int = setting(256, "width of the residual stream", within=(1, 2**20))
+    n_layers: int = setting(4, "number of blocks", within=(1, 10_000))
+    n_heads: int = setting(4, "query heads", within=(1, 2**20))
+    n_kv_heads: int = setting(4, "key and value heads", within=(1, 2**20))
+    d_ff: int = setting(512, "width of the gated feed-forward layer", within=(1, 2**20))
+    tied_embedding: bool = setting(True, "use the embedding as the output head")
+    output_bias: bool = setting(
         False, "add a bias to the logits, starting at the log unigram probabilities; never decayed"
     )
-    weight_format: str = _field(
+    weight_format: str = setting(
         "ternary",
         "packed: ternary in 2 bits, which can be evaluated but not trained",
         choices=("ternary", "packed"),
     )
-    rope_theta: float = _field(500_000.0, "base of the rotary frequencies", within=POSITIVE)
-    rope_scaling: str | None = _field(
+    rope_theta: float = setting(500_000.0, "base of the rotary frequencies", within=POSITIVE)
+    rope_scaling: str | None = setting(
         None,
         "llama3:FACTOR,LOW,HIGH,LENGTH: slow rotary frequencies as Llama 3.1 and later have them",
     )
-    norm_eps: float = _field(1e-5, "added to the mean square inside RMSNorm", within=(1e-30, 1.0))
-    dtype: str = _field("float32", "compute type of activations", choices=("float32", "bfloat16"))
-    remat: bool = _field(
+    norm_eps: float = setting(1e-5, "added to the mean square inside RMSNorm", within=(1e-30, 1.0))
+    dtype: str = setting("float32", "compute type of activations", choices=("float32", "bfloat16"))
+    remat: bool = setting(
         False,
         "keep only the input of each block for the backward pass, and compute the rest again: less "
         "memory, about a third more time",
         bookkeeping=True,
     )
-    scan_layers: bool = _field(
+    scan_layers: bool = setting(
         False,
         "compile one block and loop over the layers: compiles faster, may step slower",
         bookkeeping=True,
@@ -154,69 +108,69 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    corpus: str = _field(
+    corpus: str = setting(
         "stdlib", "stdlib (this interpreter's standard library) | text:GLOB | tfds:NAME[/CONFIG]"
     )
-    validation: str | None = _field(
+    validation: str | None = setting(
         None, "held-out text: text:GLOB, or a tfds split; none: a held-out part of the corpus"
     )
-    holdout: float = _field(
+    holdout: float = setting(
         0.05, "share of the corpus held out when validation is none", within=(1e-6, 0.999)
     )
-    separator: str | None = _field(
+    separator: str | None = setting(
         "<|endoftext|>", "stands between documents of a text file; none: a file is a document"
     )
-    feature: str = _field("text", "name of the text field of tfds, .jsonl and .parquet corpora")
-    prompt: str | None = _field(
+    feature: str = setting("text", "name of the text field of tfds, .jsonl and .parquet corpora")
+    prompt: str | None = setting(
         None,
         "name of a field with the prompt of each text, of .jsonl and .parquet: prompts are read "
         "and not scored, and a window begins with a prompt and holds whole documents",
     )
-    tokenizer: str = _field(
+    tokenizer: str = setting(
         "bpe:4096",
         "bpe:N (trained on the corpus) | gpt2 (hub cache) | gpt2:FOLDER | hf:FOLDER",
     )
-    seq_len: int = _field(64, "tokens in a window", within=(2, 2**24))
-    batch_size: int = _field(8, "windows in a batch, per replicate", within=(1, 2**20))
-    accumulate: int = _field(
+    seq_len: int = setting(64, "tokens in a window", within=(2, 2**24))
+    batch_size: int = setting(8, "windows in a batch, per replicate", within=(1, 2**20))
+    accumulate: int = setting(
         1,
         "parts of a batch that are computed one after another, their gradients summed: less memory",
         within=(1, 2**20),
         bookkeeping=True,
     )
-    order: str = _field(
+    order: str = setting(
         "shuffled",
         "shuffled: each window once per epoch; sequential: in corpus order, from window "
         "seed * n / 8 on",
         choices=("shuffled", "sequential"),
     )
-    gather: str = _field(
+    gather: str = setting(
         "auto",
         "where windows are cut: on the device, on the host, or auto (by corpus size)",
         choices=("auto", "device", "host"),
         bookkeeping=True,
     )
-    eval_batches: int = _field(
+    eval_batches: int = setting(
         2, "batches of held-out windows in an evaluation", within=COUNT, bookkeeping=True
     )
-    held_out_positions: int = _field(
+    held_out_positions: int = setting(
         16_384,
         "least number of positions in the large block, evaluated at the stage boundary and the end",
         within=COUNT,
         bookkeeping=True,
     )
-    track: str = _field(
+    track: str = setting(
         "validation",
         "positions whose argmax is counted: the held-out ones, or the first training batch",
         choices=("validation", "first_batch"),
     )
-    score_last: bool = _field(
+    score_last: bool = setting(
         True, "score the last position of a window against the token that follows it"
     )
-    stripped_lines: bool = _field(
+    stripped_lines: bool = setting(
         False, "read lines without the white space around them, empty ones left out, as one text"
     )
-    score_end: bool = _field(True, "score positions whose target is the end of a text")
+    score_end: bool = setting(True, "score positions whose target is the end of a text")
 
     def __post_init__(self):
         check_fields(self, "data")
@@ -257,12 +211,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    beta1: float = _field(0.9, "Adam: decay of the mean of gradients", within=(0.0, 0.999999))
-    beta2: float = _field(
+    beta1: float = setting(0.9, "Adam: decay of the mean of gradients", within=(0.0, 0.999999))
+    beta2: float = setting(
         0.95, "Adam: decay of the mean of squared gradients", within=(0.0, 0.999999)
     )
-    eps: float = _field(1e-8, "Adam: added to the root of the second moment", within=(1e-30, 1.0))
-    clip_norm: float = _field(1.0, "gradients are scaled down to this global norm", within=POSITIVE)
+    eps: float = setting(1e-8, "Adam: added to the root of the second moment", within=(1e-30, 1.0))
+    clip_norm: float = setting(
+        1.0, "gradients are scaled down to this global norm", within=POSITIVE
+    )
 
     def __post_init__(self):
         check_fields(self, "optim")
@@ -270,56 +226,56 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    steps: int = _field(
+    steps: int = setting(
         500, "optimiser updates; stage 2 starts after half of them", within=(2, 2**31 - 2)
     )
-    recipes: tuple[str, ...] = _field(
+    recipes: tuple[str, ...] = setting(
         ("coupled", "published"), "hyper-parameter sets, side by side"
     )
-    published_peak: float = _field(
+    published_peak: float = setting(
         1.5e-3,
         "highest learning rate of recipe published, whose other rates keep their ratio to it",
         within=(0.0, 1e3),
         bookkeeping=True,
     )
-    late_schedule: bool = _field(
+    late_schedule: bool = setting(
         False,
         "schedules step after the optimiser, as in the report's code: update 1 has the peak rate "
         "and no decay, update n the rate and decay of n - 1; warm-up takes 375 steps at any length",
     )
-    eval_every: int = _field(20, "steps between evaluations", within=COUNT, bookkeeping=True)
-    save_every: int = _field(
+    eval_every: int = setting(20, "steps between evaluations", within=COUNT, bookkeeping=True)
+    save_every: int = setting(
         100, "steps between checkpoints; the last two are kept", within=COUNT, bookkeeping=True
     )
-    checkpoint_every: int = _field(
+    checkpoint_every: int = setting(
         1000, "steps between checkpoints that are kept for good", within=COUNT, bookkeeping=True
     )
-    tracker: str = _field(
+    tracker: str = setting(
         "none",
         "also write the numbers to this package, which is installed apart (trackio keeps them on "
         "this machine, wandb asks for an account unless WANDB_MODE=offline)",
         choices=("none", "wandb", "trackio"),
         bookkeeping=True,
     )
-    keep: int = _field(
+    keep: int = setting(
         10,
         "at most so many checkpoints are kept for good, evenly spaced; besides, the last two and "
         "the boundary",
         within=(0, COUNT[1]),
         bookkeeping=True,
     )
-    checkpoints: str | None = _field(
+    checkpoints: str | None = setting(
         None,
         "where checkpoints are: an absolute folder, or gs://BUCKET/FOLDER (which needs gcsfs and "
         "google-cloud-storage); none: inside the workdir, where all else is in any case",
         bookkeeping=True,
     )
-    init: str | None = _field(
+    init: str | None = setting(
         None,
         "instead of from scratch: fork:WORKDIR[@STEP[:REPLICATE]], or hf:FOLDER, the master "
         "weights of a Hugging Face folder with a new optimiser",
     )
-    reset_optimizer: bool = _field(False, "a fork starts with fresh moments of Adam")
+    reset_optimizer: bool = setting(False, "a fork starts with fresh moments of Adam")
 
     def __post_init__(self):
         check_fields(self, "run")
@@ -370,31 +326,31 @@ RATE, DECAY, SHARE = (0.0, 1e3), (0.0, 1e6), (0.0, 1.0)
 class Hyper:
     """The numbers of one replicate. Scalars, or arrays of shape [R] once stacked."""
 
-    warmup_steps: float = _field(375.0, "steps of linear warm-up", within=(0.0, 1e9))
-    lr_peak: float = _field(1.5e-3, "learning rate at the end of warm-up", within=RATE)
-    lr_stage1_end: float = _field(1.0e-3, "learning rate at the stage boundary", within=RATE)
-    lr_stage2_start: float = _field(1.0e-3, "learning rate just after the boundary", within=RATE)
-    lr_final: float = _field(1.5e-6, "learning rate at the last step", within=RATE)
-    decoupled_1: float = _field(0.0, "decoupled weight decay (AdamW) in stage 1", within=DECAY)
-    decoupled_2: float = _field(0.0, "decoupled weight decay (AdamW) in stage 2", within=DECAY)
-    coupled_1: float = _field(
+    warmup_steps: float = setting(375.0, "steps of linear warm-up", within=(0.0, 1e9))
+    lr_peak: float = setting(1.5e-3, "learning rate at the end of warm-up", within=RATE)
+    lr_stage1_end: float = setting(1.0e-3, "learning rate at the stage boundary", within=RATE)
+    lr_stage2_start: float = setting(1.0e-3, "learning rate just after the boundary", within=RATE)
+    lr_final: float = setting(1.5e-6, "learning rate at the last step", within=RATE)
+    decoupled_1: float = setting(0.0, "decoupled weight decay (AdamW) in stage 1", within=DECAY)
+    decoupled_2: float = setting(0.0, "decoupled weight decay (AdamW) in stage 2", within=DECAY)
+    coupled_1: float = setting(
         0.0, "L2 added to the gradient before Adam (torch's Adam), stage 1", within=DECAY
     )
-    coupled_2: float = _field(0.0, "L2 added to the gradient before Adam, stage 2", within=DECAY)
-    decay_rest: float = _field(
+    coupled_2: float = setting(0.0, "L2 added to the gradient before Adam, stage 2", within=DECAY)
+    decay_rest: float = setting(
         0.0, "share of the decay for embedding, head and norms (1: all)", within=DECAY
     )
-    logit_scale: float = _field(1.0, "factor on the logits", within=(1e-6, 1e6))
-    weight_quant: float = _field(
+    logit_scale: float = setting(1.0, "factor on the logits", within=(1e-6, 1e6))
+    weight_quant: float = setting(
         1.0, "weight quantisation strength (0: none, 1: full)", within=SHARE
     )
-    act_quant: float = _field(
+    act_quant: float = setting(
         1.0, "activation quantisation strength (0: none, 1: int8)", within=SHARE
     )
-    quant_warmup_steps: float = _field(
+    quant_warmup_steps: float = setting(
         0.0, "steps in which both strengths grow linearly from 0", within=(0.0, 1e9)
     )
-    extra: dict[str, float] = _field(
+    extra: dict[str, float] = setting(
         dict, "numbers that only an experiment's own loss, optimiser or quantiser reads"
     )
 

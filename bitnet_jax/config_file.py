@@ -7,16 +7,8 @@ import math
 import types
 import typing
 
-from bitnet_jax.config import (
-    SECTIONS,
-    Config,
-    Hyper,
-    Replicate,
-    UserError,
-    check_fields,
-    check_known,
-    shown,
-)
+from bitnet_jax.config import SECTIONS, Config, Hyper, Replicate
+from bitnet_jax.fields import UserError, check_fields, check_known, shown
 
 
 def to_json(cfg: Config, replicates: list[Replicate]) -> dict:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from bitnet_jax import documents
 from bitnet_jax.cache import require_network
-from bitnet_jax.config import DataConfig, UserError, nearest, shown
+from bitnet_jax.config import DataConfig
 from bitnet_jax.documents import Stream
+from bitnet_jax.fields import UserError, nearest, shown
 
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 LINE_BREAK = re.compile(r"\n|\r(?!\n)")

@@ -15,7 +15,8 @@ import numpy as np
 
 from bitnet_jax import corpus
 from bitnet_jax import tokenizer as tokenizers
-from bitnet_jax.config import DataConfig, UserError, shown
+from bitnet_jax.config import DataConfig
+from bitnet_jax.fields import UserError, shown
 from bitnet_jax.tokens import cached_tokens, pieces
 
 

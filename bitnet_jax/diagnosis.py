@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from bitnet_jax import data, metrics, reference
-from bitnet_jax.config import DataConfig, UserError
+from bitnet_jax.config import DataConfig
 from bitnet_jax.elsewhere import couples
+from bitnet_jax.fields import UserError
 from bitnet_jax.history import ROLES, Column, History
 from bitnet_jax.judging import Judge
 from bitnet_jax.verdict import ALARM, LABELS, LARGE_BLOCK, LATE_STEPS, PREDICTORS, Verdict

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from bitnet_jax.config import UserError, nearest, shown
+from bitnet_jax.fields import UserError, nearest, shown
 
 Stream = Iterator[tuple[str, bool]]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bitnet_jax import forecast, shrink
-from bitnet_jax.config import UserError, shown
+from bitnet_jax.fields import UserError, shown
 
 COUPLED = ("adam", "nadam", "radam", "adamax")  # in PyTorch these add the decay to the gradient
 DEFAULTS = {  # torch's, and what is usual

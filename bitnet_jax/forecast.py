@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitnet_jax import optim, reference, shrink
-from bitnet_jax.config import Config, Hyper, Replicate, UserError, check_known
+from bitnet_jax.config import Config, Hyper, Replicate
+from bitnet_jax.fields import UserError, check_known
 
 GRID = tuple(10 ** (k / 2) for k in range(-10, 2))  # decays whose fate the mean field tells
 HALF = 0.5  # of the first logit spread, and of the seeds

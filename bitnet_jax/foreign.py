@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bitnet_jax.config import UserError, shown
+from bitnet_jax.fields import UserError, shown
 
 Row = dict[str, float | str]  # of a column that is not there a row has no entry
 

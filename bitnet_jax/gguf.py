@@ -23,7 +23,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bitnet_jax import gguf_vocab, quant, stopping
-from bitnet_jax.config import Config, Hyper, ModelConfig, UserError, check_known
+from bitnet_jax.config import Config, Hyper, ModelConfig
+from bitnet_jax.fields import UserError, check_known
 from bitnet_jax.hf_weights import fault, is_matrix
 from bitnet_jax.model import rope_factors
 from bitnet_jax.tokenizer import Tokenizer

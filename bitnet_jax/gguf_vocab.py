@@ -9,7 +9,8 @@ import json
 import gguf
 
 from bitnet_jax import metaspace
-from bitnet_jax.config import ModelConfig, UserError, shown
+from bitnet_jax.config import ModelConfig
+from bitnet_jax.fields import UserError, shown
 from bitnet_jax.tokenizer import Tokenizer
 
 LLAMA_3 = (  # the words of its tokenizer.json

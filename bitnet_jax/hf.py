@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax import hf_config, hf_files
 from bitnet_jax import tokenizer as tokenizers
-from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig, UserError
+from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig
+from bitnet_jax.fields import UserError
 from bitnet_jax.hf_files import WEIGHTS, Card
 from bitnet_jax.hf_weights import (
     fault,

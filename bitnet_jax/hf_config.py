@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from bitnet_jax.config import Config, ModelConfig, UserError, rope_scaling_numbers
+from bitnet_jax.config import Config, ModelConfig, rope_scaling_numbers
+from bitnet_jax.fields import UserError
 from bitnet_jax.hf_files import Entry, quoted
 
 

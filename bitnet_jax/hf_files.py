@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 from bitnet_jax import stopping
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHORT = reprlib.Repr()

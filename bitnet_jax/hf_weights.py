@@ -18,7 +18,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bitnet_jax import hf_files, quant
-from bitnet_jax.config import Hyper, ModelConfig, UserError
+from bitnet_jax.config import Hyper, ModelConfig
+from bitnet_jax.fields import UserError
 from bitnet_jax.hf_files import Entry, printable
 from bitnet_jax.model import Transformer, pack_params
 

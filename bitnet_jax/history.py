@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitnet_jax import foreign, metrics
-from bitnet_jax.config import UserError, nearest, shown
+from bitnet_jax.fields import UserError, nearest, shown
 from bitnet_jax.foreign import Log
 
 RUN_NAMES = ("replicate", "run", "run_id", "run_name", "Name", "seed")  # columns

@@ -7,8 +7,8 @@ from markupsafe import Markup
 
 from bitnet_jax import page
 from bitnet_jax.charts import Series, line_chart, phase_portrait
-from bitnet_jax.config import UserError
 from bitnet_jax.diagnosis import SHOWN, Diagnosis, evaluations
+from bitnet_jax.fields import UserError
 from bitnet_jax.history import ROLES, History
 from bitnet_jax.metrics import ENTROPY, LOSS, metric
 from bitnet_jax.verdict import LABELS

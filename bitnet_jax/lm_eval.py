@@ -21,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows
 
 from bitnet_jax import config, generate, restore
 from bitnet_jax.data import Batch
+from bitnet_jax.fields import UserError
 from bitnet_jax.generate import Sampling, until_end
 from bitnet_jax.model import Transformer
 
@@ -178,6 +179,6 @@ if __name__ == "__main__":
 
     try:
         cli_evaluate()
-    except config.UserError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitnet_jax import hosts
-from bitnet_jax.config import Replicate, UserError
+from bitnet_jax.config import Replicate
+from bitnet_jax.fields import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 LARGE = "large block"  # a kind of row, whatever it is called

@@ -30,7 +30,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax import products, quant
-from bitnet_jax.config import Hyper, ModelConfig, UserError, rope_scaling_numbers
+from bitnet_jax.config import Hyper, ModelConfig, rope_scaling_numbers
+from bitnet_jax.fields import UserError
 from bitnet_jax.sharding import by_columns, gathered, split_batch, stacked, summed, whole
 
 

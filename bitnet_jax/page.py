@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from bitnet_jax import metrics
 from bitnet_jax.charts import MAX_POINTS, PALETTE, Series, line_chart, phase_portrait
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 from bitnet_jax.log import Rows, read_sealed, read_thinned
 from bitnet_jax.metrics import METRICS, metric
 from bitnet_jax.verdict import ALARM, LABELS

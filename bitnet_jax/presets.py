@@ -5,19 +5,8 @@ import types
 import typing
 from dataclasses import replace
 
-from bitnet_jax.config import (
-    SECTIONS,
-    Config,
-    DataConfig,
-    Hyper,
-    ModelConfig,
-    Replicate,
-    RunConfig,
-    UserError,
-    check_fields,
-    check_known,
-    shown,
-)
+from bitnet_jax.config import SECTIONS, Config, DataConfig, Hyper, ModelConfig, Replicate, RunConfig
+from bitnet_jax.fields import UserError, check_fields, check_known, shown
 
 
 def _two_stages(run: RunConfig, **decay) -> Hyper:

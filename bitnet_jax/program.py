@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import config, data, products, quant, reference, sharding, train
-from bitnet_jax.config import Config, Replicate, UserError
+from bitnet_jax.config import Config, Replicate
+from bitnet_jax.fields import UserError
 from bitnet_jax.train import STANDARD, Seams
 
 DEVICE_BYTES = 1 << 30  # a larger training split stays on the host

@@ -13,8 +13,8 @@ import numpy as np
 from scipy import sparse
 from scipy.special import entr, xlogy
 
-from bitnet_jax.config import UserError, shown
 from bitnet_jax.data import Batch
+from bitnet_jax.fields import UserError, shown
 
 FIT_TOKENS = 50_000_000  # the predictors are fitted on at most this many tokens from the start
 COUNT_TOKENS = 1 << 22  # tokens counted at once

@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from bitnet_jax import checkpoint, config, config_file, hf, log, optim, sharding, train
-from bitnet_jax.config import Config, Replicate, UserError, nearest
+from bitnet_jax.config import Config, Replicate
+from bitnet_jax.fields import UserError, nearest
 from bitnet_jax.program import Program
 from bitnet_jax.tokenizer import Tokenizer, load_folder
 

@@ -24,7 +24,8 @@ from bitnet_jax import (
     restore,
     stopping,
 )
-from bitnet_jax.config import Config, Replicate, UserError
+from bitnet_jax.config import Config, Replicate
+from bitnet_jax.fields import UserError
 from bitnet_jax.program import Program, build
 from bitnet_jax.recorder import Recorder
 from bitnet_jax.train import STANDARD, Seams, TrainState

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import data, hf, optim, program, quant, restore, train
-from bitnet_jax.config import Config, Hyper, Replicate, UserError
+from bitnet_jax.config import Config, Hyper, Replicate
 from bitnet_jax.data import Batch
+from bitnet_jax.fields import UserError
 from bitnet_jax.model import Transformer
 from bitnet_jax.program import Program
 from bitnet_jax.train import Seams, TrainState

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bitnet_jax import cache, metaspace
-from bitnet_jax.config import UserError, shown
+from bitnet_jax.fields import UserError, shown
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = ("vocab.json", "merges.txt")

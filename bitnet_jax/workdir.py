@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from bitnet_jax import config, config_file, hosts, log, optim, stopping
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError, shown
 from bitnet_jax.program import Program
 
 LOCK = ".lock"
@@ -96,7 +96,7 @@ def check_same(workdir: Path, settings: dict, corpus: dict) -> None:
     saved = config_file.to_json(*config_file.from_json(tree, str(path)))
     if differs := first_difference(_by_importance(saved), _by_importance(settings)):
         name, was, now = differs
-        changed = f"{workdir}: was started with {name}={config.shown(was)}, not {config.shown(now)}"
+        changed = f"{workdir}: was started with {name}={shown(was)}, not {shown(now)}"
         if name.startswith(("model.", "--seeds")) and name not in config.BOOKKEEPING:
             raise UserError(f"{changed}; give another --workdir")
         wanted = {name.rpartition("].")[2]: now}

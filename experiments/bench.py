@@ -20,7 +20,8 @@ import numpy as np
 
 from bitnet_jax import log, presets
 from bitnet_jax.cli import flags
-from bitnet_jax.config import Config, ModelConfig, UserError
+from bitnet_jax.config import Config, ModelConfig
+from bitnet_jax.fields import UserError
 
 FOLDER = Path(__file__).parent / "results"
 LIMIT_S = 240  # after two rounds, none begins past this

@@ -35,7 +35,8 @@ import numpy as np
 
 from bitnet_jax import generate, presets
 from bitnet_jax.cli import flags
-from bitnet_jax.config import Config, Hyper, ModelConfig, UserError
+from bitnet_jax.config import Config, Hyper, ModelConfig
+from bitnet_jax.fields import UserError
 from bitnet_jax.model import Transformer, pack_params
 from experiments import bench, bench_peer
 from experiments.bench import show, spread

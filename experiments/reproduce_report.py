@@ -20,7 +20,8 @@ import functools
 import numpy as np
 
 from bitnet_jax import shrink
-from bitnet_jax.config import Config, UserError
+from bitnet_jax.config import Config
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS
 from experiments.lab import ledger, rows, trajectory
 from experiments.lab.arms import Arm, Request, train_arms

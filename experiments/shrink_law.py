@@ -20,7 +20,8 @@ Goes when a law of the critical decay covers onset and end.
 import numpy as np
 
 from bitnet_jax import charts, shrink
-from bitnet_jax.config import Config, UserError
+from bitnet_jax.config import Config
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import LOGIT_STD, LOSS, MUTUAL_INFORMATION, UPDATE_SHARE
 from experiments.lab.arms import Arm
 from experiments.lab.claims import Claim

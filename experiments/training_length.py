@@ -19,7 +19,8 @@ import itertools
 import numpy as np
 
 from bitnet_jax import charts, shrink
-from bitnet_jax.config import Config, UserError
+from bitnet_jax.config import Config
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import DISTINCT, LOSS, MUTUAL_INFORMATION, TRAIN_LOSS, metric
 from experiments.lab import rows
 from experiments.lab.arms import Arm, Request, train_arms

@@ -25,7 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bitnet_jax import hf, hf_config, restore
-from bitnet_jax.config import Config, Hyper, UserError
+from bitnet_jax.config import Config, Hyper
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import LOSS
 from experiments.lab.arms import Arm, Measure, Request, chosen, train_arms
 from experiments.lab.claims import Claim

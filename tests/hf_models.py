@@ -16,8 +16,9 @@ from flax.traverse_util import flatten_dict
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from bitnet_jax import generate, gguf_vocab, hf, loss, quant, tokenizer
-from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig, UserError
+from bitnet_jax.config import Config, DataConfig, Hyper, ModelConfig
 from bitnet_jax.data import Batch
+from bitnet_jax.fields import UserError
 from bitnet_jax.hf_files import INDEX, WEIGHTS
 from bitnet_jax.model import BitLinear, Transformer
 

@@ -23,8 +23,9 @@ from bitnet_jax import (
     train,
     updates,
 )
-from bitnet_jax.config import Hyper, Replicate, UserError
+from bitnet_jax.config import Hyper, Replicate
 from bitnet_jax.data import Batch
+from bitnet_jax.fields import UserError
 from bitnet_jax.loss import cross_entropy
 from bitnet_jax.train import STANDARD
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from bitnet_jax.config import ModelConfig, RunConfig, UserError
+from bitnet_jax.config import ModelConfig, RunConfig
+from bitnet_jax.fields import UserError
 from experiments import bench, bench_bounds, bench_peer, bench_train
 from experiments.bench_decode import LABELS as DECODE_LABELS
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax import presets
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 from experiments import bench, bench_decode, bench_peer
 
 TINY = ("--preset", "tiny", "--set", "model.vocab_size=300", "--set", "model.n_layers=1")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_jax import cache
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 
 
 def test_a_new_file_takes_the_place_of_a_link_and_follows_none(tmp_path):

@@ -13,7 +13,8 @@ from fsspec.implementations.local import LocalFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 
 from bitnet_jax import checkpoint, config, config_file, presets, restore, sharding, train
-from bitnet_jax.config import RunConfig, UserError
+from bitnet_jax.config import RunConfig
+from bitnet_jax.fields import UserError
 
 RUN = RunConfig(steps=50, checkpoint_every=20)
 

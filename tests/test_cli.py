@@ -12,7 +12,8 @@ import pytest
 from bitnet_jax import config, config_file, presets, run
 from bitnet_jax.cli import COMMANDS, flags
 from bitnet_jax.cli import train as command_train
-from bitnet_jax.config import Config, UserError
+from bitnet_jax.config import Config
+from bitnet_jax.fields import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from bitnet_jax import cache, data, documents, loss, presets, program, reference, tokens, train
-from bitnet_jax.config import DataConfig, Hyper, Replicate, UserError
+from bitnet_jax.config import DataConfig, Hyper, Replicate
 from bitnet_jax.data import Batch
+from bitnet_jax.fields import UserError
 
 PAIRS = [(f"How many cats are {n} cats?", f" There are {n} cats, and no dog.") for n in range(400)]
 BARE = ("", " An answer without a question.")

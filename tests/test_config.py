@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax import config, config_file, presets
-from bitnet_jax.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig, UserError
+from bitnet_jax.config import Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from bitnet_jax.fields import UserError
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
 

@@ -13,7 +13,8 @@ import pytest
 import tfds_toy
 
 from bitnet_jax import corpus, documents
-from bitnet_jax.config import DataConfig, UserError
+from bitnet_jax.config import DataConfig
+from bitnet_jax.fields import UserError
 
 STORIES = [f"Story {i}: Zoë 日本\n has {i * i} sheep.\n" for i in range(40)]
 SEPARATOR = "<|endoftext|>"

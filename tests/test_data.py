@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax import data
-from bitnet_jax.config import DataConfig, UserError
+from bitnet_jax.config import DataConfig
+from bitnet_jax.fields import UserError
 
 CFG = DataConfig(tokenizer="bpe:300", seq_len=4, batch_size=3)
 END = 9

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax import forecast, presets, shrink
-from bitnet_jax.config import Config, ModelConfig, RunConfig, UserError
+from bitnet_jax.config import Config, ModelConfig, RunConfig
+from bitnet_jax.fields import UserError
 
 ZIPF = 1 / np.arange(1, 301)
 ZIPF /= ZIPF.sum()

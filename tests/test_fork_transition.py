@@ -10,7 +10,8 @@ import pytest
 from lab_rows import make_rows
 
 from bitnet_jax import checkpoint, config_file, log, optim, presets, program, restore
-from bitnet_jax.config import RunConfig, UserError
+from bitnet_jax.config import RunConfig
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import LOSS
 from experiments import fork_transition as study
 from experiments.fork_transition import (

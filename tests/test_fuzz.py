@@ -16,7 +16,8 @@ from test_hf_config import ODD, mutate
 
 from bitnet_jax import config, config_file, presets, tokenizer
 from bitnet_jax.cli import flags, generate
-from bitnet_jax.config import SECTIONS, UserError
+from bitnet_jax.config import SECTIONS
+from bitnet_jax.fields import UserError
 
 CASES = int(os.environ.get("BITNET_FUZZ", "400"))
 NAMES = [f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in fields(kind)] + [

@@ -9,7 +9,7 @@ import pytest
 
 from bitnet_jax import config, generate, hf, presets
 from bitnet_jax.cli import generate as command
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 from bitnet_jax.generate import Sampling
 from bitnet_jax.model import Transformer, empty_cache, pack_params
 from bitnet_jax.tokenizer import Tokenizer, load_tokenizer

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax import gguf, hf, quant
-from bitnet_jax.config import Hyper, UserError
+from bitnet_jax.config import Hyper
+from bitnet_jax.fields import UserError
 from bitnet_jax.model import pack_params
 
 SILU = {"activation": "silu"}

@@ -28,7 +28,8 @@ from hf_models import (
 )
 
 from bitnet_jax import hf, presets, program, quant, restore, tokenizer
-from bitnet_jax.config import Config, Hyper, ModelConfig, UserError
+from bitnet_jax.config import Config, Hyper, ModelConfig
+from bitnet_jax.fields import UserError
 from bitnet_jax.hf_files import INDEX, WEIGHTS
 
 PUBLISHED = ModelConfig(  # microsoft/bitnet-b1.58-2B-4T

@@ -11,7 +11,8 @@ import transformers
 from hf_models import LATENTS, PACKED, TIED, edit_json, message, shard, tensors_of
 
 from bitnet_jax import hf, hf_config
-from bitnet_jax.config import UserError, rope_scaling_numbers
+from bitnet_jax.config import rope_scaling_numbers
+from bitnet_jax.fields import UserError
 from bitnet_jax.hf_files import INDEX, WEIGHTS
 
 CONFIG = json.loads((LATENTS / "config.json").read_text())

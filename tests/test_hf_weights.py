@@ -36,7 +36,8 @@ from bitnet_jax import (
     restore,
 )
 from bitnet_jax.cli import convert
-from bitnet_jax.config import Config, Hyper, UserError
+from bitnet_jax.config import Config, Hyper
+from bitnet_jax.fields import UserError
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 DOWN, NORM = "model.layers.0.mlp.down_proj.weight", "model.layers.0.input_layernorm.weight"

@@ -17,7 +17,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from bitnet_jax import diagnosis, elsewhere, forecast, history, history_page
 from bitnet_jax.cli import predict
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 
 REFERENCES = diagnosis.of_numbers(50257, 7.1)
 FOREIGN = Path(__file__).parent / "fixtures" / "foreign"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax import checkpoint, hosts, restore
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 
 SECONDS = 240  # of patience with a process
 

@@ -8,7 +8,7 @@ import pytest
 from lab_rows import REFERENCES, make_rows
 
 from bitnet_jax import charts, presets
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import LOSS
 from experiments.lab import (
     arms,

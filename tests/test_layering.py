@@ -66,7 +66,7 @@ def test_a_module_imports_only_from_those_before_it(module):
 
 def test_the_walk_sees_imports_that_exist():
     """Guards the tests above and below: a walk that found nothing would pass them."""
-    assert siblings("model") == {"config", "products", "quant", "sharding"}
+    assert siblings("model") == {"config", "fields", "products", "quant", "sharding"}
     assert {"optim", "loss", "model"} <= siblings("train")
     assert len(SOURCES) > 50 and dict(functions(PACKAGE / "quant.py"))["quant.py:divide"] == 2
 

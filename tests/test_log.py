@@ -14,7 +14,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from bitnet_jax import config, log
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 
 REPLICATES = [config.Replicate(name, 0, config.Hyper()) for name in ("coupled", "published")]
 

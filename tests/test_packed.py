@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax import generate, presets, quant, train
-from bitnet_jax.config import Hyper, ModelConfig, UserError
+from bitnet_jax.config import Hyper, ModelConfig
+from bitnet_jax.fields import UserError
 from bitnet_jax.model import (
     Transformer,
     bit_linear,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax import charts, log, metrics, page
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 from bitnet_jax.verdict import LABELS
 
 REFERENCES = {

@@ -8,7 +8,7 @@ import pytest
 
 from bitnet_jax import chips, plan, presets, program, shapes, sharding
 from bitnet_jax.cli import plan as command_plan
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 
 
 def planned(sets=(), preset="tiny", topology="gpu:8", seeds=(0,)):

@@ -7,7 +7,8 @@ import pytest
 from lab_rows import make_rows
 
 from bitnet_jax import presets
-from bitnet_jax.config import RunConfig, UserError
+from bitnet_jax.config import RunConfig
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import (
     DISTINCT,
     LOGIT_STD,

@@ -33,7 +33,7 @@ from bitnet_jax import (
 )
 from bitnet_jax import program as programs
 from bitnet_jax.cli import flags
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 from bitnet_jax.recorder import RATE_BLOCK, Recorder, describe_failure, rate_sum
 
 ROOT = Path(__file__).parents[1]
@@ -411,9 +411,9 @@ def test_a_fork_without_a_step_takes_the_last(cfg, finished, tmp_path):
     [
         ("{none}", "no checkpoints in"),
         ("{none}@15", "no checkpoints in"),
-        ("{run}@last", "write it as WORKDIR[@STEP[:REPLICATE]]"),
-        ("{run}@15:published", "write it as WORKDIR[@STEP[:REPLICATE]]"),
-        ("{run}@-15", "write it as WORKDIR[@STEP[:REPLICATE]]"),
+        ("{run}@last", "write WORKDIR[@STEP[:REPLICATE]]"),
+        ("{run}@15:published", "write WORKDIR[@STEP[:REPLICATE]]"),
+        ("{run}@-15", "write WORKDIR[@STEP[:REPLICATE]]"),
         ("{run}@7", "no checkpoint of step 7; there: [15, 30]"),
         ("{run}", "step 30 is past run.steps=30"),
         ("{run}@15:2", "no replicate 2; the checkpoint has 0 to 1"),

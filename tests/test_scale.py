@@ -21,7 +21,7 @@ from bitnet_jax import (
     sharding,
     train,
 )
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 from bitnet_jax.products import CODES
 
 V, B, L, K = 101, 8, 16, 2  # a vocabulary that nothing divides, K steps

@@ -7,7 +7,8 @@ import pytest
 from lab_rows import make_rows
 
 from bitnet_jax import presets, shrink
-from bitnet_jax.config import Replicate, RunConfig, UserError
+from bitnet_jax.config import Replicate, RunConfig
+from bitnet_jax.fields import UserError
 from experiments import shrink_law as study
 from experiments.lab import arms, claims, rows
 from experiments.lab.studies import BOOKS

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from bitnet_jax import tokenizer, tokens
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 
 TEXT = "Zoë said 「日本」 🙂,\r\n\tand then:   x = 'don't'  \n\n"
 BEGIN, EOT, EOM = 290, 291, 292  # special tokens of `llama3_like`

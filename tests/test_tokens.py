@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax import corpus, data, tokenizer, tokens
-from bitnet_jax.config import DataConfig, UserError
+from bitnet_jax.config import DataConfig
+from bitnet_jax.fields import UserError
 
 LINES = "".join(f"Line {i}: Zoë counts {i * i} sheep,\n  then   sleeps.\r\n\n" for i in range(200))
 CFG = DataConfig(tokenizer="bpe:300", seq_len=4, batch_size=3)

@@ -8,7 +8,8 @@ import pytest
 from lab_rows import make_rows
 
 from bitnet_jax import presets
-from bitnet_jax.config import RunConfig, UserError
+from bitnet_jax.config import RunConfig
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import DISTINCT, LOSS, MUTUAL_INFORMATION, TRAIN_LOSS
 from experiments import training_length as study
 from experiments.lab import arms, exhibits, rows

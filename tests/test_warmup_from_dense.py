@@ -6,7 +6,7 @@ import pytest
 from test_lab import make_rows
 
 from bitnet_jax import presets
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import LOSS
 from experiments import warmup_from_dense as study
 from experiments.lab import arms, rows

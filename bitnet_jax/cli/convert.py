@@ -150,7 +150,7 @@ def check(args: Namespace) -> int:
     import numpy as np
 
     from bitnet_jax import hf, presets
-    from bitnet_jax.config import UserError
+    from bitnet_jax.fields import UserError
 
     flags.prepare()
     cfg, params, tokenizer = hf.load(args.folder)

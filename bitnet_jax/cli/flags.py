@@ -227,7 +227,7 @@ def _folder(text: str) -> Path:
 
 def parse_seeds(text: str) -> list[int]:
     """`0`, `0-4` and `1,5,7`, or a mix; raises UserError."""
-    from bitnet_jax.config import UserError
+    from bitnet_jax.fields import UserError
 
     seeds: list[int] = []
     for part in text.split(","):
@@ -275,7 +275,7 @@ def resolve(args: argparse.Namespace, name: str, changes: Sequence[str] = ()) ->
 def _base(args) -> "tuple[Config, list[Replicate]]":
     """The preset, changed as --config says, and the replicates that its file lists."""
     from bitnet_jax import config_file, log, presets
-    from bitnet_jax.config import check_known
+    from bitnet_jax.fields import check_known
 
     cfg = presets.preset(args.preset)
     if args.config is None:

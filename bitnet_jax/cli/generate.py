@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> Namespace:
     add("--packed", action="store_true", help="keep ternary weights in 2 bits")
     args = parser.parse_args(argv)
 
-    from bitnet_jax.config import UserError
+    from bitnet_jax.fields import UserError
 
     ranges = {
         "tokens": 1 <= args.tokens <= MOST or f"needs 1 to {MOST}",
@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> Namespace:
 
 def read_prompts(args: Namespace) -> list[str]:
     """Of --prompt, then of --file, then or else standard input; not UTF-8 becomes U+FFFD."""
-    from bitnet_jax.config import UserError
+    from bitnet_jax.fields import UserError
 
     given = [os.fsencode(prompt) for prompt in args.prompts if prompt != STDIN]
     try:
@@ -105,7 +105,7 @@ def encode(tokenizer, prompts: list[str], n_new: int, context: int, special: boo
     """
     import numpy as np
 
-    from bitnet_jax.config import UserError
+    from bitnet_jax.fields import UserError
 
     rows = [tokenizer.encode_prompt(prompt, special) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):

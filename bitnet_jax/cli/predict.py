@@ -104,7 +104,7 @@ def frequencies(args, cfg):
 def points_of(path: Path) -> list[tuple[float, float]]:
     """(step, rate) of every line STEP,LR; raises UserError."""
     from bitnet_jax import elsewhere
-    from bitnet_jax.config import UserError, shown
+    from bitnet_jax.fields import UserError, shown
 
     try:
         lines = path.read_text(errors="replace").splitlines()

@@ -20,7 +20,8 @@ from bitnet_jax import (
     run,
     train,
 )
-from bitnet_jax.config import Config, Replicate, UserError, check_known
+from bitnet_jax.config import Config, Replicate
+from bitnet_jax.fields import UserError, check_known
 from bitnet_jax.train import STANDARD, Seams
 from experiments.lab import rows
 from experiments.lab.finished import Finished

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bitnet_jax import charts
 from bitnet_jax.cli import flags
-from bitnet_jax.config import check_known
+from bitnet_jax.fields import check_known
 from experiments.lab import experiment, headline, pages, rows
 from experiments.lab.claims import HOLDS, UNDECIDED, Finding
 from experiments.lab.pages import Part

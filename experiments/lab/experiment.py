@@ -7,7 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 from bitnet_jax.cli import flags
-from bitnet_jax.config import Config, UserError
+from bitnet_jax.config import Config
+from bitnet_jax.fields import UserError
 from experiments.lab import arms, claims, pages, rows
 from experiments.lab.arms import Arm, Measure, Request
 

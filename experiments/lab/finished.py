@@ -21,7 +21,7 @@ from bitnet_jax import (
     train,
     verdict,
 )
-from bitnet_jax.config import UserError
+from bitnet_jax.fields import UserError
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS, MUTUAL_INFORMATION, TRAIN_LOSS
 from experiments.lab.rows import without_folders
 

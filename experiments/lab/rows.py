@@ -17,7 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from bitnet_jax import log
-from bitnet_jax.config import SECTIONS, Hyper, RunConfig, UserError
+from bitnet_jax.config import SECTIONS, Hyper, RunConfig
+from bitnet_jax.fields import UserError
 
 FOLDER = Path(__file__).parents[1] / "results"
 # Not of a study: its length, its arms' recipes, and what the digest of the text stands for.
