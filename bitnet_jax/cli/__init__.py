@@ -7,6 +7,7 @@ import importlib
 import sys
 
 from bitnet_jax.cli import flags
+from bitnet_jax.fields import nearest
 
 COMMANDS = {
     "train": "train replicates side by side, and write a page of what happened",
@@ -30,7 +31,7 @@ def _command(argv: list[str]) -> int | None:
         print(_usage())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        hint = flags.nearest(argv[0], COMMANDS)
+        hint = nearest(argv[0], COMMANDS)
         return flags.fail(f"error: unknown command {argv[0]!r}{hint}; see bitnet --help", 2)
     module = importlib.import_module(f"bitnet_jax.cli.{argv[0]}")
     return module.main(argv[1:])

@@ -4,17 +4,17 @@ Only the standard library is imported at the top; experiments use this module, t
 """
 
 import argparse
-import difflib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitnet_jax import stopping
+from bitnet_jax.fields import nearest
 
 if TYPE_CHECKING:
     from bitnet_jax.config import Config, Replicate
@@ -90,12 +90,6 @@ def prepare() -> None:
 
 
 # Arguments
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the nearest of the names, or nothing when none is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):
