@@ -44,13 +44,14 @@ def full_strength(hyper: Hyper) -> bool:
     return (hyper.weight_quant, hyper.act_quant, hyper.quant_warmup_steps) == (1, 1, 0)
 
 
-def choose(hypers: Iterable[Hyper], *, standard: bool) -> str:
+def choose(hypers: Iterable[Hyper], *, standard: bool, on: str | None = None) -> str:
     """How a program of these replicates multiplies: by codes only if all have full strength.
 
-    `standard`: BitLinear has the package's own quantiser of weights.
+    `standard`: BitLinear has the package's own quantiser of weights. `on` is a row of TABLE, that
+    of this machine by default.
     """
     by_codes = standard and all(map(full_strength, hypers))
-    return TABLE.get(machine(), PLAIN) if by_codes else PLAIN
+    return TABLE.get(on or machine(), PLAIN) if by_codes else PLAIN
 
 
 def dot(a, b, axis_a: int, axis_b: int, result=jnp.float32) -> jax.Array:

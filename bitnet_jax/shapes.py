@@ -56,8 +56,7 @@ def abstract_program(cfg: Config, replicates: list[Replicate], mesh, platform: s
     )
     one = sharding.by_replicate(mesh)
     hyper = jax.tree.map(lambda _: array(len(replicates), where=one), replicates[0].hyper)
-    codes = all(products.full_strength(rep.hyper) for rep in replicates)
-    used = products.TABLE[platform] if codes else products.PLAIN
+    used = products.choose((rep.hyper for rep in replicates), standard=True, on=platform)
     seams = replace(train.STANDARD, products=used)
     return Program(cfg, replicates, seams, None, {}, mesh, hyper, evals, None, None)
 
