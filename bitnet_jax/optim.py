@@ -108,8 +108,9 @@ class Optimizer(NamedTuple):
     """An optax transformation that can say which part of its updates is weight decay.
 
     `decay_part(params, opt_state)`, of the parameters before and the state after an update, is that
-    part as a tree like `params`. `updates(params, opt_state)`, of the same, is all of it: what
-    `update` returned, to rounding. Without it a step holds the updates as an array of their own.
+    part as a tree like `params`. `updates(params, opt_state, after=False)`, of the same or of the
+    parameters after it, is all of it: what `update` returned, to rounding. Without it a step holds
+    the updates as an array of their own.
     """
 
     init: Callable
@@ -167,8 +168,11 @@ def _read_back(cfg: OptimConfig, groups, shares: dict, coupled, decoupled, lr):
 
         return jax.tree.map(part, groups, params, nu)
 
-    def updates(params, opt_state):
-        """-lr (m / (sqrt(v) + eps) + decoupled * w), m and v Adam's moments without their bias."""
+    def updates(params, opt_state, after=False):
+        """-lr (m / (sqrt(v) + eps) + decoupled * w), m and v Adam's moments without their bias.
+
+        Of the weights after the update, w + u, the same over 1 - lr * decoupled.
+        """
         adam = opt_state["adam"]
         count = opt_state["lr"].count - 1
         mu = optax.tree.bias_correction(adam.mu, cfg.beta1, adam.count)
@@ -176,7 +180,8 @@ def _read_back(cfg: OptimConfig, groups, shares: dict, coupled, decoupled, lr):
 
         def one(group, w, m, v):
             decay = shares[group] * decoupled(count)
-            return -lr(count) * (m / (jnp.sqrt(v) + cfg.eps) + decay * w)
+            found = -lr(count) * (m / (jnp.sqrt(v) + cfg.eps) + decay * w)
+            return found / (1 - lr(count) * decay) if after else found
 
         return jax.tree.map(one, groups, params, mu, nu)
 

@@ -101,7 +101,8 @@ def train_steps(cfg: Config, seams: Seams, state, hyper: Hyper, batches_K: Batch
     """State after one training step on each batch of [K, B, L], and the last step's numbers."""
 
     def step(state, batch):
-        return train.train_step(cfg, seams, state, hyper, batch, unigram_V)
+        state, _, numbers = train.train_step(cfg, seams, state, hyper, batch, unigram_V)
+        return state, numbers
 
     state, numbers_K = jax.lax.scan(step, state, batches_K)
     return state, jax.tree.map(lambda x: x[-1], numbers_K)

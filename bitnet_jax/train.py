@@ -117,14 +117,13 @@ def train_step(
     hyper: Hyper,
     batch: Batch,
     unigram_V: jax.Array,
-    report: jax.Array | bool = True,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of one replicate on a batch [B, L].
+) -> tuple[TrainState, Any, dict[str, jax.Array]]:
+    """One update of one replicate on a batch [B, L]: state, updates and numbers.
 
     The gradient is that of `seams.loss`; the loss in the numbers is the cross-entropy alone.
     Once the loss or a gradient is not finite the parameters no longer change, and `state.failed`
-    holds the number of that update. Unless `report`, the numbers of `update_numbers` are 0: they
-    cost a pass over all parameters.
+    holds the number of that update. The updates are None where `update_numbers` finds them again
+    from the state, so that no step holds them as arrays of their own.
     """
     model = seams.transformer(cfg)
     now = at_step(hyper, state.step)
@@ -147,63 +146,55 @@ def train_step(
     grad_norms = jax.tree.map(jnp.linalg.norm, grads)
     norm = optax.tree.norm(grad_norms)
     ok = jnp.isfinite(nats) & jnp.isfinite(norm) & (state.failed == 0)
-    state, numbers = _update(cfg, seams, hyper, report, state, grads, norm, ok)
-    return state, numbers | {
+    state, updates = _update(cfg, seams, hyper, state, grads, norm, ok)
+    numbers = {
         "train/loss": nats,
         "train/grad_norm": norm,
         "grad_finite": jnp.stack([jnp.isfinite(g) for g in jax.tree.leaves(grad_norms)]),
     }
+    return state, updates, numbers
 
 
-def _update(cfg, seams, hyper, report, state, grads, norm, ok):
-    """The state after the optimiser's update, and `update_numbers` of it, or zeros."""
+def _update(cfg, seams, hyper, state, grads, norm, ok):
+    """The state after the optimiser's update, and the updates or None, as in `train_step`."""
     params, groups = state.params, optim.param_groups(state.params)
     tx = seams.optimizer(cfg.optim, cfg.run, hyper, groups)
     # Zeroing what goes into and comes out of the optimiser fuses with it; selecting between the old
     # and the new state would cost another pass over all of it.
     grads = jax.tree.map(lambda g: jnp.where(ok, g, 0), grads)
     made, opt_state = tx.update(grads, state.opt_state, params, grad_norm=jnp.where(ok, norm, 0))
+    updates = made if tx.updates is None else tx.updates(params, opt_state)
+    updates = jax.tree.map(lambda u: jnp.where(ok, u, 0), updates)
     n = state.step + 1
-
-    def updates():
-        tree = made if tx.updates is None else tx.updates(params, opt_state)
-        return jax.tree.map(lambda u: jnp.where(ok, u, 0), tree)
-
-    def after(params):
-        failed = jnp.where(ok | (state.failed > 0), state.failed, n)
-        return state.replace(step=n, failed=failed, params=params, opt_state=opt_state)
-
-    def numbers():
-        changed = after(optax.apply_updates(params, updates()))
-        by_decay = tx.decay_part(params, opt_state)
-        found = update_numbers(cfg, hyper, groups, changed, updates(), by_decay)
-        # XLA:GPU computes a branch of reductions alone always, and selects.
-        return jax.lax.optimization_barrier(found)
-
-    def zeros():
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(numbers))
-
-    reported = jax.lax.cond(report, numbers, zeros)
-    # Parameters are replaced after the numbers have read them: else XLA copies them in every step,
-    # as it would copy all of a state that went through the `cond`.
-    params, reported = jax.lax.optimization_barrier((params, reported))
-    return after(optax.apply_updates(params, updates())), reported
+    failed = jnp.where(ok | (state.failed > 0), state.failed, n)
+    params = optax.apply_updates(params, updates)
+    after = state.replace(step=n, failed=failed, params=params, opt_state=opt_state)
+    return after, updates if tx.updates is None else None
 
 
-def update_numbers(cfg: Config, hyper: Hyper, groups, after: TrainState, updates, by_decay) -> dict:
-    """Size and direction of the `updates` that led to the state `after`; `by_decay`: their part."""
+def update_numbers(cfg: Config, seams: Seams, hyper: Hyper, state: TrainState, updates) -> dict:
+    """Size and direction of the last update of one replicate, and of decay's part of it.
+
+    `state` and `updates` are those that `train_step` returned.
+    """
+    params, groups = state.params, optim.param_groups(state.params)
+    tx = seams.optimizer(cfg.optim, cfg.run, hyper, groups)
+    if updates is None:
+        updates = tx.updates(params, state.opt_state, after=True)
+        updates = jax.tree.map(lambda u: jnp.where(state.failed > 0, 0, u), updates)
+    by_decay = tx.decay_part(optax.tree.sub(params, updates), state.opt_state)
     numbers = {
         "train/update_norm": optax.tree.norm(updates),
-        "train/param_norm": optax.tree.norm(after.params),
-        "train/lr": optim.learning_rate(hyper, after.step, cfg.run),
+        "train/param_norm": optax.tree.norm(params),
+        "train/lr": optim.learning_rate(hyper, state.step, cfg.run),
         "train/weight_decay": optim.by_stage(
-            after.step,
+            state.step,
             cfg.run,
             hyper.coupled_1 + hyper.decoupled_1,
             hyper.coupled_2 + hyper.decoupled_2,
         ),
     }
-    weights, updates, decays = (by_group(x, groups) for x in (after.params, updates, by_decay))
+    weights, updates, decays = (by_group(x, groups) for x in (params, updates, by_decay))
     for group, w in weights.items():
         u, d = updates[group], decays[group]
         norm, decay_norm = optax.tree.norm(w), optax.tree.norm(d)
@@ -212,7 +203,7 @@ def update_numbers(cfg: Config, hyper: Hyper, groups, after: TrainState, updates
         numbers |= {
             f"decay/update_weight_cosine_{group}": cosine,
             f"decay/update_share_{group}": decay_norm / jnp.maximum(decay_norm + rest, 1e-30),
-            f"decay/norm_ratio_{group}": norm / after.init_norm[group],
+            f"decay/norm_ratio_{group}": norm / state.init_norm[group],
         }
     return numbers
 
@@ -360,17 +351,21 @@ def make_train_chunk(cfg: Config, windows: Windows, seams: Seams = STANDARD) -> 
         tokens_N, unigram_V = shared
         codes_before = codes(state.params)
 
-        def body(state, step):
-            batch, last = step
+        def step(state, batch):
             if not isinstance(batch, Batch):
                 batch = windows.cut(batch, tokens_N)
-            batch = sharding.split_batch(batch)
-            return train_step(cfg, seams, state, hyper, batch, unigram_V, last)
+            return train_step(cfg, seams, state, hyper, sharding.split_batch(batch), unigram_V)
 
-        n_steps = jax.tree.leaves(batches_K)[0].shape[0]
-        last_K = jnp.arange(n_steps) == n_steps - 1
-        state, numbers_K = jax.lax.scan(body, state, (batches_K, last_K))
+        def body(carry, batch):
+            state, updates, numbers = step(carry[0], batch)
+            return (state, updates), numbers
+
+        first = jax.tree.map(lambda x: x[0], batches_K)
+        shapes = jax.eval_shape(step, state, first)[1]
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (state, updates), numbers_K = jax.lax.scan(body, (state, none), batches_K)
         train = {name: x[-1] for name, x in numbers_K.items() if "/" in name}
+        train |= update_numbers(cfg, seams, hyper, state, updates)
         train |= {
             "failed": state.failed,
             "losses": numbers_K["train/loss"],

@@ -147,18 +147,15 @@ def make_single_steps(program: Program):
         tokens_N, unigram_V = shared
         if not isinstance(batch, Batch):
             batch = program.windows.cut(batch, tokens_N)
-        return train.train_step(
-            program.cfg, program.seams, state, hyper, batch, unigram_V, report=False
-        )
+        return train.train_step(program.cfg, program.seams, state, hyper, batch, unigram_V)[0]
 
     step_R = train.over_replicates(one, len(program.replicates))
-    out = program.state_sharding, None
-    compiled = jax.jit(step_R, donate_argnums=0, out_shardings=out)
+    compiled = jax.jit(step_R, donate_argnums=0, out_shardings=program.state_sharding)
     shared = program.train_N, program.evals.unigram_V
 
     def move(state, batches):
         for batch in batches:
-            state, _ = compiled(state, program.hyper, shared, batch)
+            state = compiled(state, program.hyper, shared, batch)
         return state
 
     return move

@@ -68,6 +68,7 @@ SHIFTED = Seams(loss=shifted_loss)
 SMOOTHED = Seams(loss=smoothed_loss)
 FROZEN_OUTPUT = Seams(optimizer=_with_update(optim.make_optimizer, _frozen_output))
 UNSCALED_DECAY = Seams(optimizer=_with_update(optim.make_optimizer, _unscaled))
+HOLDS_ITS_UPDATES = Seams(optimizer=_with_update(optim.make_optimizer, lambda u, params, groups: u))
 OTHER_OPTIMISER = Seams(optimizer=_optax_adamw)
 
 

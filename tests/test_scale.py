@@ -60,7 +60,8 @@ def trained(cfg, n_devices=1, seams=train.STANDARD, **numbers):
 
     def step(state, hyper, batch):
         batch = sharding.split_batch(batch)
-        return train.train_step(cfg, seams, state, hyper, batch, unigram_V)
+        state, updates, numbers = train.train_step(cfg, seams, state, hyper, batch, unigram_V)
+        return state, numbers | train.update_numbers(cfg, seams, hyper, state, updates)
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, out_shardings=(specs, sharding.replicated(mesh)))

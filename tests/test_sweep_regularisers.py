@@ -259,7 +259,7 @@ def test_every_regulariser_reaches_the_gradient_and_none_the_reported_loss():
     step = jax.jit(functools.partial(train.train_step, cfg, study.REGULARISED))
 
     def numbers(extra):
-        _, found = step(state, Hyper(extra=none | extra), batch, pi_V)
+        _, _, found = step(state, Hyper(extra=none | extra), batch, pi_V)
         return float(found["train/grad_norm"]), float(found["train/loss"])
 
     plain = numbers({})
