@@ -242,6 +242,7 @@ def forward(cfg: Config, seams: Seams, params, hyper: Hyper, inputs, per_replica
     model = seams.transformer(cfg)
 
     def forward_1(params, hyper, inputs_BL):
+        inputs_BL = sharding.split_batch(inputs_BL) if per_replicate else inputs_BL
         return model.apply({"params": params}, inputs_BL, hyper)
 
     axes = (0, 0, 0 if per_replicate else None)
@@ -273,11 +274,15 @@ def evaluate(cfg: Config, seams: Seams, params, hyper: Hyper, evals: EvalData) -
         logits_RBLV = forward(cfg, seams, params, hyper, block.inputs, per_replicate)
         return collapse.stats(logits_RBLV, block.targets, block.weights, evals.token_bytes_V)
 
-    blocks = pieces(evals.small, len(hyper.lr_peak), cfg.model.vocab_size)
-    held_out = collapse.merge(jax.lax.map(stats, blocks))
+    def tracked_stats(block_BLR):
+        return stats(jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), block_BLR), per_replicate=True)
+
+    shape = len(hyper.lr_peak), cfg.model.vocab_size
+    held_out = collapse.merge(jax.lax.map(stats, pieces(evals.small, *shape)))
     if evals.tracked is None:
         return collapse.finalize(held_out, held_out, evals.unigram_V)
-    tracked = stats(evals.tracked, per_replicate=True)
+    tracked_NBLR = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1)[None], evals.tracked)
+    tracked = collapse.merge(jax.lax.map(tracked_stats, pieces(tracked_NBLR, *shape)))
     return {
         **collapse.finalize(held_out, tracked, evals.unigram_V),
         "track/loss": tracked.nats / tracked.positions,

@@ -71,10 +71,11 @@ def trained(cfg, n_devices=1, seams=train.STANDARD, **numbers):
 
 
 def evaluated(cfg, n_devices=1):
-    """Numbers of the small and of the large block at step 0."""
+    """Numbers of the small, the tracked and the large block at step 0."""
     blocks = jax.tree.map(lambda *x: np.stack(x), batch_of(0), batch_of(1))
     uniform_V, nats_NKBL = np.full(V, 1 / V, np.float32), np.full((2, 2, B, L), 4, np.float32)
-    evals = train.EvalData(blocks, blocks, nats_NKBL, None, uniform_V, np.ones(V))
+    tracked = jax.tree.map(lambda x: x[None], batch_of(2))
+    evals = train.EvalData(blocks, blocks, nats_NKBL, tracked, uniform_V, np.ones(V))
     mesh, state, _ = placed(cfg, n_devices)
     state, hyper = jax.tree.map(lambda x: jnp.asarray(x)[None], (state, config.Hyper(**SMOOTH)))
 

@@ -14,7 +14,7 @@ PICTURE = rows.FOLDER / "answer.svg"
 def read() -> pd.DataFrame:
     """The rows of the largest study."""
     made = rows.read("end_collapse")
-    return rows.frame([row for row in made if rows.study(row) == studies.FULL.identity])
+    return rows.frame([row for row in made if rows.study(row) == studies.FULL_BEFORE.identity])
 
 
 def table(df) -> tuple[list[str], list[list[str]]]:

@@ -47,6 +47,7 @@ STAR_SIZE = (
 NARROW = ("model.d_model=64", "model.n_layers=2", "model.d_ff=128", "data.tokenizer=bpe:2048")
 STDLIB_TEXT = "b7fe7151"  # of Python 3.11.7
 BOOKS_TEXT = "079f1ebe"  # of both files, read as the report's code reads text: lines stripped
+UNSTRIPPED_TEXT = "19da4209"  # of the same files with their line breaks
 KJV_TEXT = "c80364f4"  # bible-kjv 4.38
 FEW_BOOKS_TEXT = "b987b958"  # of the books' validation file
 
@@ -69,6 +70,17 @@ class Study:
 
 
 FULL = Study("full-size books", "report", (*BOOK_FILES, "data.tokenizer=gpt2:gpt2"), BOOKS_TEXT)
+# Rows made before lines were stripped, schedules stepped late, and seeds had batches of their own.
+FULL_BEFORE = Study(
+    "full-size books, before",
+    "report",
+    (
+        *FULL.assignments,
+        "data.stripped_lines=false",
+        "run.late_schedule=false",
+    ),
+    UNSTRIPPED_TEXT,
+)
 BOOKS = Study("narrow books", "report", (*BOOK_FILES, *NARROW, "model.vocab_size=2048"), BOOKS_TEXT)
 QUICK = Study("quick", "quick", (*SMALL, "model.vocab_size=2048"), STDLIB_TEXT)
 QUICK_TRACKED = Study("quick", "quick", (*TRACKED, "model.vocab_size=2048"), STDLIB_TEXT)
@@ -78,7 +90,7 @@ KJV_STDLIB = Study("beside King James", "quick", HELD_OUT, STDLIB_TEXT)
 STAR_BOOKS = Study("star, books", "quick", STAR_SIZE, FEW_BOOKS_TEXT)
 STAR_PYTHON = Study("star, Python", "quick", STAR_SIZE, STDLIB_TEXT)
 STUDIES = (
-    *(FULL, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158),
+    *(FULL, FULL_BEFORE, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158),
     *(KJV, KJV_STDLIB, STAR_BOOKS, STAR_PYTHON),
 )
 
