@@ -169,7 +169,6 @@ class Compiled:
     used: float  # in all, of the program that needs more; more than there is: it does not compile
     traffic: dict[str, Traffic] | None  # of a step, with its share of the evaluation
     seconds: float  # that it took to compile
-    chunk_text: str = ""
 
 
 def compile_program(program: Program) -> Compiled:

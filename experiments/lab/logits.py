@@ -12,7 +12,6 @@ from scipy.special import entr, rel_entr
 from bitnet_jax.shrink import gaussian_entropy
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 100)  # 100: the largest
-MODES = 5 / 9  # bimodality coefficient of the uniform distribution
 
 
 def describe(logits_NV) -> dict[str, float]:
