@@ -166,8 +166,8 @@ BOTH = (STAR_BOOKS, STAR_PYTHON)
 CLAIMS = (
     Claim(
         "onset",
-        "predicted beforehand, nothing fitted: every onset edge, within a factor of 2",
-        *(right_share("onset", 1.0), *BOTH),
+        "predicted beforehand, nothing fitted: nine of ten onset edges, or more, within a factor of 2",
+        *(right_share("onset", 0.9), *BOTH),
     ),
     Claim(
         "step",
