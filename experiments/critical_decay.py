@@ -166,7 +166,7 @@ BOTH = (STAR_BOOKS, STAR_PYTHON)
 CLAIMS = (
     Claim(
         "onset",
-        "predicted beforehand, nothing fitted: nine of ten onset edges, or more, within a factor of 2",
+        "predicted beforehand, nothing fitted: nine of ten onset edges, within a factor of 2",
         *(right_share("onset", 0.9), *BOTH),
     ),
     Claim(
