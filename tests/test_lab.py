@@ -289,7 +289,7 @@ def test_a_page_names_the_claims_and_escapes_text(named, tmp_path):
 
 
 def test_quick_is_the_study_of_the_quick_preset():
-    cfg, _ = presets.override(presets.preset("quick"), [*studies.SMALL, "data.score_end=false"])
+    cfg, _ = presets.override(presets.preset("quick"), list(studies.SMALL))
     config = dataclasses.asdict(cfg)
     config["model"] = config["model"] | {"vocab_size": 2048}
     assert rows.identity(config, {}, studies.STDLIB_TEXT) == QUICK.identity
