@@ -114,7 +114,7 @@ def most(df) -> bool:
 CLAIMS = (
     Claim(
         "most",
-        "of five factors, decoupling and a hundredth of the decay lower the loss by most, on average",
+        "of five factors, decoupling the decay and 1/100 of it lower the loss by most, on average",
         most,
         *(BOOKS, QUICK),
     ),
