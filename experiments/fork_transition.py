@@ -8,8 +8,7 @@ The report's sixth recommendation. From a run's checkpoint at the stage boundary
     stage-2 decay only   learning rate held, decay of stage 2
     stage 2, Adam reset  stage 2 with both moments of Adam and its bias correction from 0
 
-Arm "stage 2" must repeat the run that was not stopped bit by bit, or the command fails. Checkpoints
-of the runs that were not stopped stay in the workdir.
+Arm "stage 2" must repeat the run that was not stopped bit by bit, or the command fails.
 
     python -m experiments.fork_transition              # 4 min on 2 cores
 
@@ -36,7 +35,8 @@ from experiments.lab.exhibits import signed
 from experiments.lab.experiment import experiment
 from experiments.lab.finished import RunFailed
 from experiments.lab.stats import difference, ended, mean, of
-from experiments.lab.studies import FULL_BEFORE, QUICK, SMALL
+from experiments.lab.studies import FULL_BEFORE, SMALL
+from experiments.lab.studies import QUICK_BEFORE as QUICK
 
 KINDS = ("coupled", "decoupled")
 UNFORKED = "not stopped"

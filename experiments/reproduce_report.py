@@ -27,8 +27,9 @@ from experiments.lab.exhibits import CORE
 from experiments.lab.experiment import experiment
 from experiments.lab.measures import large_weights
 from experiments.lab.stats import NotEnough, each, interval, of
-from experiments.lab.studies import BOOKS, FULL, FULL_BEFORE, TRACKED
-from experiments.lab.studies import QUICK_TRACKED as QUICK
+from experiments.lab.studies import BOOKS_BEFORE as BOOKS
+from experiments.lab.studies import FULL, FULL_BEFORE, TRACKED
+from experiments.lab.studies import QUICK_TRACKED_BEFORE as QUICK
 
 COUPLED = "coupled"
 ARMS = (Arm(COUPLED),)

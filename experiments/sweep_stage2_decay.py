@@ -16,7 +16,8 @@ from experiments.lab.arms import Arm
 from experiments.lab.claims import Claim
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import cured, difference
-from experiments.lab.studies import QUICK, SMALL
+from experiments.lab.studies import QUICK_BEFORE as QUICK
+from experiments.lab.studies import SMALL
 
 DECAYS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 KINDS = ("coupled", "decoupled")

@@ -16,7 +16,7 @@ from experiments.lab.claims import Claim
 from experiments.lab.exhibits import signed, triple
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import NotEnough, difference, ended
-from experiments.lab.studies import BOOKS, QUICK_B158, SIZE
+from experiments.lab.studies import BOOKS, SIZE
 
 WIDTHS = {"half the width": 0.5, "the width": 1.0, "twice the width": 2.0}
 ARITHMETICS = {"ternary": {}, "full precision": {"weight_quant": 0.0, "act_quant": 0.0}}
@@ -62,20 +62,19 @@ def wider_is_cheaper(df) -> bool:
     return wide.high < narrow.low
 
 
-STUDIES = (BOOKS, QUICK_B158)
 CLAIMS = (
-    Claim("learned", "every run has learned, ternary or not", learned_all, *STUDIES),
+    Claim("learned", "every run has learned, ternary or not", learned_all, BOOKS),
     Claim(
         "price",
         "ternary weights cost less than 0.2 nats at every width and length",
         lambda df: below(df, 0.2),
-        *STUDIES,
+        BOOKS,
     ),
     Claim(
         "width",
         "in the longest runs, twice the width pays less than half of it",
         wider_is_cheaper,
-        *STUDIES,
+        BOOKS,
     ),
 )
 
