@@ -16,7 +16,7 @@ from experiments.lab.claims import Claim
 from experiments.lab.exhibits import signed, triple
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import NotEnough, difference, ended
-from experiments.lab.studies import BOOKS, SIZE
+from experiments.lab.studies import QUICK_B158, SIZE
 
 WIDTHS = {"half the width": 0.5, "the width": 1.0, "twice the width": 2.0}
 ARITHMETICS = {"ternary": {}, "full precision": {"weight_quant": 0.0, "act_quant": 0.0}}
@@ -63,18 +63,18 @@ def wider_is_cheaper(df) -> bool:
 
 
 CLAIMS = (
-    Claim("learned", "every run has learned, ternary or not", learned_all, BOOKS),
+    Claim("learned", "every run has learned, ternary or not", learned_all, QUICK_B158),
     Claim(
         "price",
         "ternary weights cost less than 0.2 nats at every width and length",
         lambda df: below(df, 0.2),
-        BOOKS,
+        QUICK_B158,
     ),
     Claim(
         "width",
         "in the longest runs, twice the width pays less than half of it",
         wider_is_cheaper,
-        BOOKS,
+        QUICK_B158,
     ),
 )
 

@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[2]
 QUESTIONS = (  # in the order of the index
     "explain_collapse",
     "end_collapse",
-    "ternary_price",
     "shrink_law",
     "critical_decay",
     "weight_bounds",
