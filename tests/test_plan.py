@@ -100,6 +100,16 @@ def with_memory(made, size):
     return replace(made, topology=replace(made.topology, chip=chip))
 
 
+def test_an_estimate_that_may_be_too_low_is_not_certain():
+    """What the arithmetic says fits for certain only with the margin that compilers have needed."""
+    made = planned(topology="gpu:1")
+    tight = with_memory(made, 1.5 * made.used)
+    assert tight.fits and not tight.certain
+    assert with_memory(made, plan.UNDERESTIMATED * made.used).certain
+    compiled = plan.Compiled(1.0, 1.0, made.used, {}, 1.0)
+    assert replace(tight, compiled=compiled).certain
+
+
 def test_each_remedy_makes_it_fit():
     made = planned(["data.batch_size=32"], topology="gpu:1")
     small = with_memory(made, 0.6 * made.used)

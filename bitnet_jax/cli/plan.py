@@ -91,6 +91,8 @@ def _program(plan) -> list[str]:
 
 def _memory(plan) -> list[str]:
     """Memory by part; what the compiler does not tell apart stands beside its own number."""
+    from bitnet_jax.plan import UNDERESTIMATED
+
     memory, compiled, whole = plan.memory, plan.compiled, plan.topology.chip.memory
     about = "about " if compiled else ""
     known = compiled is not None and not math.isnan(compiled.step)
@@ -109,6 +111,8 @@ def _memory(plan) -> list[str]:
         ("evaluation", compiled.evaluation if known else memory.evaluation, "not at the same time"),
     ]
     verdict = "fits" if plan.fits else "does not fit"
+    if plan.fits and not plan.certain:
+        verdict = f"may fit (compiled: up to {UNDERESTIMATED} times)"
     unit, name = (GIB, "GiB") if plan.used >= GIB else (MIB, "MiB")
     return [
         _line("memory per device", f"{name:>10}"),
