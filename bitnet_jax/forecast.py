@@ -22,7 +22,7 @@ SHORT = 0.3  # nats above the unigram's loss that a run without decay keeps when
 WITHIN = 2.0  # the factor within which an edge is predicted
 # Measured over predicted edges of experiments/critical_decay.py: V 300 to 8192, width 32 to 128,
 # 32 to 512 tokens a batch, 400 to 2000 updates, English books and Python. Onset: 0.49 at 2000.
-SPREAD = "onset 0.5 to 1.1, outcome 0.3 to 1.5 (lower at 3 of 31), blind 0.5 to 3.0"
+SPREAD = "onset 0.5 to 1.1, outcome 0.3 to 1.5 (lower at 4 of 32), blind 0.5 to 3.0"
 # A collapsed model meets a decay as the mean field meets COLLAPSED times as much: its gradient's
 # norm is larger by that than the rows' (matrices before a norm have shrunk, and their gradient
 # grows as they shrink), so the clip factor smaller. The one fitted number: the geometric mean of

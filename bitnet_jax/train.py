@@ -356,18 +356,16 @@ def make_train_chunk(cfg: Config, windows: Windows, seams: Seams = STANDARD) -> 
         tokens_N, unigram_V = shared
         codes_before = codes(state.params)
 
-        def step(state, batch):
+        def body(carry, batch):
             if not isinstance(batch, Batch):
                 batch = windows.cut(batch, tokens_N)
-            return train_step(cfg, seams, state, hyper, sharding.split_batch(batch), unigram_V)
-
-        def body(carry, batch):
-            state, updates, numbers = step(carry[0], batch)
+            batch = sharding.split_batch(batch)
+            state, updates, numbers = train_step(cfg, seams, carry[0], hyper, batch, unigram_V)
             return (state, updates), numbers
 
-        first = jax.tree.map(lambda x: x[0], batches_K)
-        shapes = jax.eval_shape(step, state, first)[1]
-        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        groups = optim.param_groups(state.params)
+        found_again = seams.optimizer(cfg.optim, cfg.run, hyper, groups).updates is not None
+        none = None if found_again else jax.tree.map(jnp.zeros_like, state.params)
         (state, updates), numbers_K = jax.lax.scan(body, (state, none), batches_K)
         train = {name: x[-1] for name, x in numbers_K.items() if "/" in name}
         train |= update_numbers(cfg, seams, hyper, state, updates)

@@ -7,7 +7,7 @@ head that is never updated, a learning rate 100 times too low, a decay that is n
 learning rate. Two effects of a factor: changed alone from the coupled recipe, and averaged over all
 settings of the others. The interaction of ternary weights and coupling is an effect of its own.
 
-    python -m experiments.explain_collapse --seeds 0-4             # 20 min on 2 cores
+    python -m experiments.explain_collapse --seeds 0-4             # 54 min on 1 core
 
 Goes when the critical amount of coupled decay explains the factors.
 """

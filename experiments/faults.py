@@ -3,9 +3,9 @@
 Twelve faults, one run each: numbers that a recipe can get wrong, wrong code in a seam of the step,
 and functions of the package that are replaced while a run is built, trained and examined. A fault
 does harm when its held-out loss lies above the 95 % prediction interval of the healthy seeds; of
-others nothing is asked. In-sample, and the committed rows are older than the triage of today.
+others nothing is asked. In-sample: triage was developed on such faults.
 
-    python -m experiments.faults                       # 5 min on 2 cores
+    python -m experiments.faults                       # 7 min on 1 core
 
 Goes when faults that nobody had in mind while writing triage are collected instead.
 """

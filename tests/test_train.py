@@ -8,6 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import seam_faults
 
@@ -507,7 +508,9 @@ def test_numbers_of_the_update_are_those_of_the_moved_parameters():
         after, updates, _ = step(state, hyper, random_batch())
         moved = jax.tree.map(jnp.subtract, after.params, state.params)
         numbers = train.update_numbers(cfg, seams, hyper, after, updates)
-        assert float(numbers["train/update_norm"]) == pytest.approx(norm_of(moved), rel=1e-4)
+        assert float(numbers["train/update_norm"]) == pytest.approx(
+            float(optax.tree.norm(moved)), rel=1e-4
+        )
         return after, updates, numbers
 
     after, nothing, found = of(train.STANDARD)
@@ -532,10 +535,6 @@ def test_a_failed_update_moves_nothing():
     assert float(broken.failed) == 2
     numbers = train.update_numbers(cfg, train.STANDARD, hyper, broken, updates)
     assert float(numbers["train/update_norm"]) == 0
-
-
-def norm_of(tree) -> float:
-    return float(jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree))))
 
 
 def test_an_output_bias_starts_at_the_unigram(build):
