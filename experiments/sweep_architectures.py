@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from bitnet_jax import quant
 from bitnet_jax.metrics import LOSS, MUTUAL_INFORMATION
 from bitnet_jax.train import Seams
-from experiments.lab.arms import Arm
+from experiments.lab.arms import Arm, times_width
 from experiments.lab.claims import Claim
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import cured, difference, ended
@@ -61,14 +61,6 @@ QUANTISERS = {
     "int4": partial(quantize_to_maximum, largest=7),
     "int8": partial(quantize_to_maximum, largest=127),
 }
-
-
-def times_width(factor: float) -> dict:
-    """Fields that widen the residual stream and the feed-forward layer."""
-    return {
-        "model.d_model": lambda cfg: int(factor * cfg.model.d_model),
-        "model.d_ff": lambda cfg: int(factor * cfg.model.d_ff),
-    }
 
 
 BASE, DENSE, LOUD, TIED = "base", "full precision", "logits x 16", "tied embedding"

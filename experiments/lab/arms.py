@@ -59,6 +59,14 @@ class Arm:
         return f"Arm({self.name!r})"
 
 
+def times_width(factor: float) -> dict:
+    """Fields that widen the residual stream and the feed-forward layer."""
+    return {
+        "model.d_model": lambda cfg: int(factor * cfg.model.d_model),
+        "model.d_ff": lambda cfg: int(factor * cfg.model.d_ff),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What the user asked of a question."""
