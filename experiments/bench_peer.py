@@ -1,7 +1,8 @@
 """transformers' BitNet on torch beside ours: the same weights, batches, schedule and precision.
 
 It has layout b158 alone. Its fastest form of training is AutoBitLinear with online quantisation, in
-bfloat16 under autocast; that of decoding holds ternary values and their scale.
+bfloat16 under autocast; that of decoding holds ternary values and their scale. torchao trains the
+same model with int8 products (`torchao.prototype.quantized_training.bitnet_training`).
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from bitnet_jax.hf_weights import EMBEDDING, HEAD, hf_key, is_matrix
 from bitnet_jax.program import Program
 
 PACKAGES = ("torch", "transformers")
-MOVES = ("torch", "torch_compiled")  # ways to train
+MOVES = ("torch", "torchao", "torch_compiled", "torchao_compiled")  # ways to train
 LONGEST = 2048  # tokens of a window, past which transformers warns
 NOT_SCORED = -100  # torch's mark of a target that does not count
 SHAPES = 64  # that torch.compile compiles for; past its default of 8, quantisers stay uncompiled
@@ -43,9 +44,20 @@ def why_none(model: ModelConfig) -> str | None:
     return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
 
 
+def ways(*, compiled: bool) -> list[str]:
+    """Those of MOVES that are measured: torchao's where it is, torch.compile's where asked for."""
+    there = importlib.util.find_spec("torchao") is not None
+    return [
+        name
+        for name in MOVES
+        if (there or "torchao" not in name) and (compiled or "compiled" not in name)
+    ]
+
+
 def versions() -> dict[str, str]:
     """Of the packages that are compared."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    names = [*PACKAGES, "torchao"] if importlib.util.find_spec("torchao") else PACKAGES
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def device() -> str:
@@ -53,8 +65,11 @@ def device() -> str:
     return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
-def make_model(cfg: Config, params):
-    """transformers' BitNet with our parameters (NumPy, of one replicate), ready to train."""
+def make_model(cfg: Config, params, *, by_torchao: bool = False):
+    """transformers' BitNet with our parameters (NumPy, of one replicate), ready to train.
+
+    `by_torchao`: its linear layers multiply int8 codes as torchao's do.
+    """
     import torch  # optional, and only for this comparison
     from transformers import BitNetConfig, BitNetForCausalLM
     from transformers.integrations.bitnet import replace_with_bitnet_linear
@@ -66,12 +81,18 @@ def make_model(cfg: Config, params):
     rest = {"use_cache": False, "max_position_embeddings": LONGEST}
     settings = hf_config.settings_of(cfg, no_ends, "dense") | rest
     model = BitNetForCausalLM(BitNetConfig.from_dict(settings))
-    online = BitNetQuantConfig(**hf_config.FORMS["latents"])
-    replace_with_bitnet_linear(model, ["lm_head"], online)
+    if not by_torchao:
+        online = BitNetQuantConfig(**hf_config.FORMS["latents"])
+        replace_with_bitnet_linear(model, ["lm_head"], online)
     # The new layers hold the default weights of nn.Linear until here.
     weights = tensors(cfg.model, params)
     model.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
     model.tie_weights()
+    if by_torchao:
+        from torchao import quantize_
+        from torchao.prototype.quantized_training import bitnet_training
+
+        quantize_(model, bitnet_training(), lambda layer, name: name.endswith("_proj"))
     return model.to(device()).train()
 
 
@@ -82,17 +103,18 @@ def tensors(model: ModelConfig, params) -> dict[str, np.ndarray]:
     return found | ({HEAD: found[EMBEDDING]} if model.tied_embedding else {})
 
 
-def make_trainer(program: Program, params, *, compiled: bool):
+def make_trainer(program: Program, params, way: str):
     """Return train(batch_KBL, done) -> loss of the last: torch's loop with our settings.
 
-    It starts from our parameters (NumPy, of one replicate); `done` updates were made before.
+    `way`: one of MOVES. It starts from our parameters (NumPy, of one replicate); `done` updates
+    were made before.
     """
     import torch  # optional, and only for this comparison
 
     cfg, hyper, where = program.cfg, program.replicates[0].hyper, device()
-    model = make_model(cfg, params)
+    model = make_model(cfg, params, by_torchao=way.startswith("torchao"))
     named = list(model.named_parameters())
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model) if way.endswith("compiled") else model
     groups = [
         {"params": [p for name, p in named if name.endswith("_proj.weight") == is_matrix]}
         for is_matrix in (True, False)

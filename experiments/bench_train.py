@@ -55,7 +55,9 @@ LABELS = {
     "plain_products": "a step by fake-quantised products; ratio to what is used",
     "two_replicates": "a step of one of two replicates; ratio to one alone",
     "torch": "a step of transformers on torch; ratio to ours without evaluation",
-    "torch_compiled": "the same through torch.compile",
+    "torchao": "the same with torchao's int8 products",
+    "torch_compiled": "transformers through torch.compile; ratio to ours",
+    "torchao_compiled": "torchao's through torch.compile; ratio to ours",
 }
 STEP_ROWS = ("train_chunk", "host_code", "single_steps", "plain_products", "two_replicates")
 STEP_ROWS += bench_peer.MOVES
@@ -159,7 +161,7 @@ def measure_peers(ours: Trainer, names: Sequence[str], most: int, rows: bench.Ro
 
     def beside(name):
         """Seconds of the batches that our chunk has just taken."""
-        peer = bench_peer.make_trainer(program, params, compiled=name == "torch_compiled")
+        peer = bench_peer.make_trainer(program, params, name)
 
         def move():
             first = ours.step - K
@@ -263,7 +265,7 @@ def parse(argv: list[str]) -> Namespace:
     """The command line; raises UserError for numbers that make no measurement."""
     parser = bench.parser("bench_train", __doc__, preset="quick", rounds=9)
     parser.add_argument(
-        "--compiled", action="store_true", help="also transformers through torch.compile"
+        "--compiled", action="store_true", help="also torch's ways through torch.compile"
     )
     args = parser.parse_args(argv)
     bench.check_counts(args, "rounds")
@@ -295,7 +297,7 @@ def measure(args: Namespace) -> None:
             one.restart()
         else:
             one = start(programs.build(peer_cfg, replicates[:1]))
-        measure_peers(one, bench_peer.MOVES[: 1 + args.compiled], args.rounds, rows)
+        measure_peers(one, bench_peer.ways(compiled=args.compiled), args.rounds, rows)
     except Skipped as reason:
         print(f"not measured: {reason}")
     if rows.rows:
