@@ -20,8 +20,7 @@ from experiments.lab.claims import Claim
 from experiments.lab.exhibits import signed, triple
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import difference, ended, interval, mean, values
-from experiments.lab.studies import QUICK_BEFORE as QUICK
-from experiments.lab.studies import SMALL
+from experiments.lab.studies import QUICK, SMALL
 
 COUPLED, DECOUPLED, PUBLISHED = "coupled", "decoupled", "published"
 ARMS = tuple(Arm(name, name) for name in (COUPLED, DECOUPLED, PUBLISHED))

@@ -151,10 +151,12 @@ def test_what_an_arm_sets_cannot_be_set_by_the_user():
 
 
 def test_only_and_recipes_choose_arms():
-    wanted = [Arm("a"), Arm("ab", "decoupled"), Arm("c")]
-    assert [arm.name for arm in arms.chosen(request(only=("a",)), wanted)] == ["a", "ab"]
-    assert [arm.name for arm in arms.chosen(request(recipes=("decoupled",)), wanted)] == ["ab"]
-    with pytest.raises(UserError, match="among a; ab; c"):
+    wanted = [Arm("ac"), Arm("abc", "decoupled"), Arm("c")]
+    assert [arm.name for arm in arms.chosen(request(only=("a",)), wanted)] == ["ac", "abc"]
+    assert [arm.name for arm in arms.chosen(request(only=("c",)), wanted)] == ["c"]
+    assert [arm.name for arm in arms.chosen(request(only=("c", "b")), wanted)] == ["abc", "c"]
+    assert [arm.name for arm in arms.chosen(request(recipes=("decoupled",)), wanted)] == ["abc"]
+    with pytest.raises(UserError, match="among ac; abc; c"):
         arms.chosen(request(only=("z",)), wanted)
 
 

@@ -211,17 +211,23 @@ def check_free(request: Request, arms: list[Arm]) -> None:
 
 
 def chosen(request: Request, arms: list[Arm]) -> list[Arm]:
-    """The arms of the wanted recipes with a part of `only` in their names; raises UserError."""
-    found = [
-        arm
-        for arm in arms
-        if (not request.only or any(part in arm.name for part in request.only))
-        and (not request.recipes or arm.recipe in request.recipes)
-    ]
+    """The arms of the wanted recipes with a part of `only` in their names; raises UserError.
+
+    A part that is an arm's whole name picks that arm alone.
+    """
+    names = {arm.name for arm in arms}
+
+    def wanted(arm):
+        parts = [p for p in request.only if p == arm.name or (p in arm.name and p not in names)]
+        return (parts or not request.only) and (
+            not request.recipes or arm.recipe in request.recipes
+        )
+
+    found = [arm for arm in arms if wanted(arm)]
     if not found:
-        wanted = f"--only {','.join(request.only)}" if request.only else ""
-        wanted += f" run.recipes={','.join(request.recipes)}" if request.recipes else ""
-        raise UserError(f"{wanted.strip()}: no such arm among {'; '.join(a.name for a in arms)}")
+        asked = f"--only {','.join(request.only)}" if request.only else ""
+        asked += f" run.recipes={','.join(request.recipes)}" if request.recipes else ""
+        raise UserError(f"{asked.strip()}: no such arm among {'; '.join(a.name for a in arms)}")
     return found
 
 

@@ -67,7 +67,7 @@ def parse(
     """The request of a command line; raises UserError for values that do not fit."""
     parser = flags.Parser(f"python -m experiments.{name}", doc)
     flags.add_run(parser, preset=preset, seeds=seeds, place=f"runs/{name}")
-    parser.add_argument("--only", metavar="TEXT,TEXT", help="arms with one of these in their name")
+    parser.add_argument("--only", metavar="TEXT,TEXT", help="arms of this name, or with this in it")
     parser.add_argument("--at-once", type=int, help="replicates in one program (default: memory's)")
     if "," in lengths:
         text = f"multiples of run.steps to train, of {lengths} (default: all)"
