@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax.config import Config
+from bitnet_jax import products
+from bitnet_jax.config import Config, Hyper, ModelConfig
 from bitnet_jax.model import Transformer, empty_cache
 
 
@@ -37,6 +38,16 @@ class Decoding:
     position_B: jax.Array  # its position
     done_B: jax.Array  # whether the continuation has ended
     key_B: jax.Array
+
+
+def packing_pays(model: ModelConfig, hyper: Hyper) -> bool:
+    """Whether a model's weights can be packed and decode faster so: where products by codes pay.
+
+    Each token reads all weights, and master weights are quantised again by every dispatch.
+    """
+    outputs = model.d_model, model.d_ff, model.n_kv_heads * model.d_model // model.n_heads
+    packable = model.weight_format == "ternary" and not any(n % 4 for n in outputs)
+    return packable and products.choose([hyper], standard=True) == products.CODES
 
 
 @partial(jax.jit, static_argnums=(0, 5))

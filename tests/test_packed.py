@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import generate, presets, quant, train
+from bitnet_jax import generate, presets, products, quant, train
 from bitnet_jax.config import Hyper, ModelConfig
 from bitnet_jax.fields import UserError
 from bitnet_jax.model import (
@@ -60,9 +60,11 @@ def test_integer_products_equal_numpy_int64(shape):
     x_ND = rng.integers(-128, 128, (n, n_in), np.int8)
     w_DF = rng.integers(-1, 2, (n_in, n_out), np.int8)
     x_ND[0], w_DF[:, 0] = -128, 1
-    found = jax.jit(integer_product)(x_ND, quant.pack_ternary(w_DF))
-    assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, x_ND.astype(np.int64) @ w_DF.astype(np.int64))
+    packed = jax.jit(integer_product)(x_ND, quant.pack_ternary(w_DF))
+    codes = jax.jit(lambda x, w: products.dot(x, w, 1, 0, jnp.int32))(x_ND, w_DF)
+    for found in (packed, codes):
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, x_ND.astype(np.int64) @ w_DF.astype(np.int64))
 
 
 def test_a_packed_linear_layer_by_hand():
@@ -100,6 +102,19 @@ def test_packed_logits_and_their_argmax_equal_those_of_master_weights(name):
     np.testing.assert_allclose(found_BLV, expected_BLV, atol=2e-4 * expected_BLV.std(), rtol=1e-4)
     np.testing.assert_array_equal(found_BLV.argmax(-1), expected_BLV.argmax(-1))
     assert len(np.unique(found_BLV.argmax(-1))) > 5
+
+
+def test_packing_pays_where_products_by_codes_do_and_the_model_is_ternary(monkeypatch):
+    dense = Hyper(weight_quant=0.0, act_quant=0.0)
+    for machine, hyper, cfg, pays in (
+        ("cpu with AMX", Hyper(), config(), True),
+        ("cpu with AMX", dense, config(), False),
+        ("cpu with AMX", Hyper(), as_packed(config()), False),
+        ("cpu with AMX", Hyper(), config(d_ff=50), False),
+        ("gpu", Hyper(), config(), False),
+    ):
+        monkeypatch.setattr(products, "machine", lambda machine=machine: machine)
+        assert generate.packing_pays(cfg, hyper) == pays
 
 
 def test_packed_parameters_are_two_bits_a_weight_and_a_scale_per_matrix():
