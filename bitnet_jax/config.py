@@ -70,8 +70,8 @@ class ModelConfig:
     )
     weight_format: str = setting(
         "ternary",
-        "packed: ternary in 2 bits, which can be evaluated but not trained",
-        choices=("ternary", "packed"),
+        "codes, packed: ternary in 8 or 2 bits, which can be evaluated but not trained",
+        choices=("ternary", "codes", "packed"),
     )
     rope_theta: float = setting(500_000.0, "base of the rotary frequencies", within=POSITIVE)
     rope_scaling: str | None = setting(

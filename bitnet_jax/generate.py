@@ -40,14 +40,13 @@ class Decoding:
     key_B: jax.Array
 
 
-def packing_pays(model: ModelConfig, hyper: Hyper) -> bool:
-    """Whether a model's weights can be packed and decode faster so: where products by codes pay.
+def codes_pay(model: ModelConfig, hyper: Hyper) -> bool:
+    """Whether decoding is faster with codes in place of master weights: where their products are.
 
     Each token reads all weights, and master weights are quantised again by every dispatch.
     """
-    outputs = model.d_model, model.d_ff, model.n_kv_heads * model.d_model // model.n_heads
-    packable = model.weight_format == "ternary" and not any(n % 4 for n in outputs)
-    return packable and products.choose([hyper], standard=True) == products.CODES
+    ternary = model.weight_format == "ternary"
+    return ternary and products.choose([hyper], standard=True) == products.CODES
 
 
 @partial(jax.jit, static_argnums=(0, 5))

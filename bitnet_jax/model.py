@@ -12,8 +12,8 @@ report  x += o'(attention(qkv'(norm(x))));  x += down'(f(gate) * up), with l'(x)
 Given `position_BL`, the attention reads and writes the collection "cache" (`empty_cache`): token
 [b, l] goes to slot `position_BL[b, l]` of row b and attends to the slots up to its own.
 
-With `weight_format` packed, a BitLinear holds 2-bit codes and their scale (`pack_params`) and
-multiplies integers.
+With `weight_format` codes or packed, a BitLinear holds ternary codes in 8 or 2 bits and their scale
+(`pack_params`) and multiplies integers.
 
 Shapes: B batch, L position, D width, H query heads, G key/value heads, K head width,
 F feed-forward, V vocabulary, S slots of the cache.
@@ -127,25 +127,30 @@ def bit_linear(
     return product(x_ND, w_q, 0).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def packed_linear(x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
-    """Int8 activation codes times ternary codes [D, F / 4 bytes], then both scales; type of `x`.
+def integer_linear(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """Int8 activation codes times ternary codes, then both scales; in the type of `x`.
 
-    Equals `bit_linear` at full strength up to the rounding of its quotients: the sum of int8 times
-    ternary products is exact, an integer below 2^31 (and below 2^24 for D < 2^24 / 127 = 132,104,
-    so float32 holds it). Only one of the four planes is unpacked at a time.
+    `codes` are int8 [D, F] or packed uint8 [D, F / 4]. Equals `bit_linear` at full strength up to
+    the rounding of its quotients: the sum of int8 times ternary products is exact, an integer below
+    2^31 (and below 2^24 for D < 2^24 / 127 = 132,104, so float32 holds it).
     """
     x_ND = x.reshape(-1, x.shape[-1])
     activation_scale_N1 = quant.activation_scale(x_ND)
-    sums_NF = integer_product(quant.int8_codes(x_ND, activation_scale_N1).astype(jnp.int8), packed)
+    q_ND = quant.int8_codes(x_ND, activation_scale_N1).astype(jnp.int8)
+    if codes.dtype == jnp.uint8:
+        sums_NF = packed_product(q_ND, codes)
+    else:
+        sums_NF = products.dot(q_ND, codes, 1, 0, jnp.int32)
     y_NF = sums_NF.astype(jnp.float32) * scale / activation_scale_N1
     return y_NF.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def integer_product(codes_ND: jax.Array, packed: jax.Array) -> jax.Array:
+def packed_product(codes_ND: jax.Array, packed: jax.Array) -> jax.Array:
     """Int8 codes [N, D] times packed ternary codes of [D, F] (`quant.pack_ternary`): int32 [N, F].
 
-    A loop over the planes rather than a product with `quant.unpack_ternary`, which XLA:CPU would
-    unpack for all layers before it starts on the first, and unpacked bytes do not fit its cache.
+    A loop over the four planes, one unpacked at a time, rather than a product with
+    `quant.unpack_ternary`, which XLA:CPU would unpack for all layers before it starts on the first,
+    and unpacked bytes do not fit its cache.
     """
 
     def plane(shift):
@@ -197,11 +202,11 @@ class BitLinear(nn.Module):
     def __call__(self, x, hyper):
         if self.cfg.layout == "report":
             x = RMSNorm(self.cfg, name="norm")(x)
-        if self.cfg.weight_format == "packed":
+        if (form := self.cfg.weight_format) != "ternary":
             if self.is_initializing():
-                raise UserError("model.weight_format=packed: packed weights cannot be trained")
-            packed, scale = (self.get_variable("params", name) for name in ("packed", "scale"))
-            return packed_linear(x, packed, scale)
+                raise UserError(f"model.weight_format={form}: {form} weights cannot be trained")
+            codes, scale = (self.get_variable("params", name) for name in (form, "scale"))
+            return integer_linear(x, codes, scale)
         shape = (x.shape[-1], self.features)
         w_DF = self.param("kernel", kernel_init(self.cfg), shape, jnp.float32)
         return bit_linear(x, w_DF, hyper, self.quantize_weight)
@@ -348,37 +353,37 @@ def empty_cache(cfg: ModelConfig, n_rows: int, n_slots: int) -> dict:
     return {f"block_{i}": {"attn": zeros} for i in range(cfg.n_layers)}
 
 
-def pack_params(params, cfg: ModelConfig, hyper: Hyper):
-    """Parameters of a ternary Transformer as those of one with `weight_format` packed.
+def pack_params(params, cfg: ModelConfig, hyper: Hyper, form: str = "packed"):
+    """Parameters of a ternary Transformer as those of one with this `weight_format`.
 
-    Each BitLinear's `kernel` [D, F] becomes `packed` uint8 [D, F / 4] and float32 `scale` [], the
-    value that code 1 stands for (1 / `quant.weight_scale`); embedding and head become `cfg.dtype`,
-    the type they are used in; the rest stays. A leading replicate axis is kept. Of packed
-    parameters the codes and scales stay: ternary weights are never quantised again. Raises
-    UserError where packed weights would not be what `cfg` and `hyper` evaluate.
+    Each BitLinear's `kernel` [D, F] becomes `codes` int8 [D, F] or `packed` uint8 [D, F / 4], and
+    float32 `scale` [], the value that code 1 stands for (1 / `quant.weight_scale`); embedding and
+    head become `cfg.dtype`, the type they are used in; the rest stays. A leading replicate axis is
+    kept. Of packed parameters the codes and scales stay: ternary weights are never quantised again.
+    Raises UserError where such weights would not be what `cfg` and `hyper` evaluate.
     """
     for name in ("weight_quant", "act_quant"):
         strength = np.min(getattr(hyper, name))
         if strength != 1:
             raise UserError(
-                f"{name} is {strength:g} at this step: packed weights and int8 activations need "
+                f"{name} is {strength:g} at this step: {form} weights and int8 activations need "
                 "full quantisation, 1"
             )
 
     def pack(w_DF):
         inverse = quant.weight_scale(w_DF)
         codes_DF = quant.weight_codes(w_DF, inverse).astype(jnp.int8)
-        return quant.pack_ternary(codes_DF), 1 / inverse
+        return quant.pack_ternary(codes_DF) if form == "packed" else codes_DF, 1 / inverse
 
     packed = {}
     for path, leaf in flatten_dict(params).items():
         if path[0].startswith("block_") and path[-1] == "kernel":
-            if leaf.shape[-1] % 4:
+            if form == "packed" and leaf.shape[-1] % 4:
                 raise UserError(
                     f"{'/'.join(path)} has {leaf.shape[-1]} outputs; packing needs a multiple of 4"
                 )
             over_replicates = jax.vmap(pack) if leaf.ndim == 3 else pack
-            packed[*path[:-1], "packed"], packed[*path[:-1], "scale"] = over_replicates(leaf)
+            packed[*path[:-1], form], packed[*path[:-1], "scale"] = over_replicates(leaf)
         elif path[0] in ("embed", "head"):
             packed[path] = leaf.astype(cfg.dtype)
         else:

@@ -2,10 +2,11 @@
 
 One process measures in turns, round after round, so that a slow minute hits everything alike:
 greedy continuations of random prompts by a random model of a preset's size, as one compiled program
-or with a dispatch for every token, with master weights (quantised once, before the loop) or with
-packed 2-bit ones, and, where torch is installed, by `generate` of transformers with the same
-weights in its fastest form: ternary values and their scale (AutoBitLinear, offline), on one thread
-or one per core, whichever is faster at the time. `--online` adds the form that it trains, which
+or with a dispatch for every token, with master weights (quantised once, before the loop), with
+int8 codes (as `bitnet generate` does on CPUs with AMX) or with packed 2-bit ones, and, where torch
+is installed, by `generate` of transformers with the same weights in its fastest form: ternary
+values and their scale (AutoBitLinear, offline), on one thread or one per core, whichever is faster
+at the time. `--online` adds the form that it trains, which
 quantises all weights for every token. That is layout b158, the only one that transformers has; with
 `--set model.layout=report` it is left out. Everything is float32 on CPUs, and of the preset's type
 elsewhere. Times include reading the prompt, and those of master weights quantising them once.
@@ -45,7 +46,9 @@ NEVER = -1  # an end of text that no model gives
 LABELS = {
     "program": "one program",
     "program_packed": "one program, packed",
+    "program_codes": "one program, int8 codes",
     "loop": "a dispatch per token",
+    "loop_codes": "a dispatch per token, int8 codes",
     "loop_packed": "a dispatch per token, packed",
     "transformers": "transformers",
     "transformers_online": "transformers, quantising online",
@@ -165,12 +168,11 @@ class Ours:
 
 def measure_batch(cfg: Config, params, peers: dict, prompts_BP: np.ndarray, args) -> list[dict]:
     """A row for every way to continue these prompts; `ratio`: times as fast as transformers."""
-    packed_cfg = replace(cfg, model=replace(cfg.model, weight_format="packed"))
-    packed_params = pack_params(params, cfg.model, Hyper())
-    ours = {
-        "": Ours(cfg, params, prompts_BP, args.tokens),
-        "_packed": Ours(packed_cfg, packed_params, prompts_BP, args.tokens),
-    }
+    ours = {"": Ours(cfg, params, prompts_BP, args.tokens)}
+    for form in ("codes", "packed"):
+        cfg_ = replace(cfg, model=replace(cfg.model, weight_format=form))
+        held = pack_params(params, cfg.model, Hyper(), form)
+        ours[f"_{form}"] = Ours(cfg_, held, prompts_BP, args.tokens)
     ways = {f"program{form}": way.program for form, way in ours.items()}
     ways |= {f"loop{form}": way.loop for form, way in ours.items()}
     for name, decode in peers.items():

@@ -30,7 +30,8 @@ from experiments.lab.arms import Arm
 from experiments.lab.claims import Claim
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import each, interval, of
-from experiments.lab.studies import QUICK, SMALL
+from experiments.lab.studies import QUICK_BEFORE as QUICK
+from experiments.lab.studies import SMALL
 
 COUPLED, DECOUPLED = ARM_NAMES = ("coupled", "decoupled")
 # Distinct predictions and those of the predictors are counted over the positions measured here.

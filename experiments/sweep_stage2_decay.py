@@ -5,11 +5,6 @@ decay from 0 to 0.5, coupled into Adam as in the report's code, and decoupled (A
 decay 0.1 of the same kind in every arm, so that arms of one kind differ from step T/2 on.
 
     python -m experiments.sweep_stage2_decay           # 10 min on 2 cores
-    python -m experiments.sweep_stage2_decay --preset report --seeds 0-4 \
-        --set data.tokenizer=bpe:2048 --set model.vocab_size=none --set model.d_model=64 \
-        --set model.n_layers=2 --set model.d_ff=128 --set run.steps=3000 \
-        --set run.eval_every=250 --set run.save_every=1000 \
-        --set data.corpus=text:books.train.txt.xz --set data.validation=text:books.validation.txt.xz
 
 Goes when a study of the amount of coupled decay varies it by stage.
 """
@@ -21,7 +16,8 @@ from experiments.lab.arms import Arm
 from experiments.lab.claims import Claim
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import cured, difference
-from experiments.lab.studies import BOOKS, SMALL
+from experiments.lab.studies import QUICK_BEFORE as QUICK
+from experiments.lab.studies import SMALL
 
 DECAYS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 KINDS = ("coupled", "decoupled")
@@ -47,13 +43,13 @@ CLAIMS = (
         "none",
         "no stage-2 decay, 0 included, has ended the coupled collapse by when AdamW has learned",
         ended_by_none,
-        BOOKS,
+        QUICK,
     ),
     Claim(
         "harm",
         "coupled, each larger stage-2 decay from 0 to 0.5 ends at a higher loss",
         lambda df: rising(df, "coupled"),
-        BOOKS,
+        QUICK,
     ),
     Claim(
         "decoupled",
@@ -61,7 +57,7 @@ CLAIMS = (
         lambda df: all(
             difference(df, a, b).within(-0.05, 0.05) for a, b in PAIRS[len(PAIRS) // 2 :]
         ),
-        BOOKS,
+        QUICK,
     ),
 )
 

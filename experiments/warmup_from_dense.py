@@ -32,7 +32,8 @@ from experiments.lab.arms import Arm, Measure, Request, chosen, train_arms
 from experiments.lab.claims import Claim
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import difference, interval, of, values
-from experiments.lab.studies import QUICK_B158, SIZE
+from experiments.lab.studies import QUICK_B158_BEFORE as QUICK_B158
+from experiments.lab.studies import SIZE
 
 DENSE, SCRATCH, ABRUPT, CEILING = "dense", "from scratch", "no warm-up", "still dense"
 SHORT, LONG = WARMUPS = ("warm-up over T/10", "warm-up over T/2")

@@ -3,7 +3,7 @@
 Greedily, or sampled from a seed. A prompt is given by --prompt, is a whole file, or comes from
 standard input (also as --prompt -). One prompt appears as it is decoded; several are decoded side
 by side and printed at the end. Standard output has the text alone. --packed keeps ternary weights
-in 2 bits: the same model in less memory. CPUs that multiply integers faster do so anyway.
+in 2 bits: the same model in less memory. CPUs that multiply integers fast get them in 8 bits.
 
     bitnet generate runs/train-1a2b3c4d --prompt "def main("
     bitnet generate runs/train-1a2b3c4d@500:1 --prompt "The" --temperature 0.8
@@ -36,10 +36,11 @@ def main(argv: list[str]) -> None:
     model = restore.load_model(args.source)
     context = model.cfg.data.seq_len
     prompts_BP, lengths_B = encode(model.tokenizer, prompts, args.tokens, context, args.special)
-    if args.packed or generate.packing_pays(model.cfg.model, model.hyper):
-        packed = replace(model.cfg, model=replace(model.cfg.model, weight_format="packed"))
-        params = pack_params(model.params, model.cfg.model, model.hyper)
-        model = replace(model, cfg=packed, params=params)
+    if args.packed or generate.codes_pay(model.cfg.model, model.hyper):
+        form = "packed" if args.packed else "codes"
+        cfg = replace(model.cfg, model=replace(model.cfg.model, weight_format=form))
+        params = pack_params(model.params, model.cfg.model, model.hyper, form)
+        model = replace(model, cfg=cfg, params=params)
     write(model, prompts, decode(model, prompts_BP, lengths_B, args), args)
 
 
