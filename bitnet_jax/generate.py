@@ -4,6 +4,7 @@ The prompts fill a cache of keys and values in one pass; then each new token is 
 position. Shapes: R replicates, B prompts, P tokens of the longest prompt, N new tokens.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import products
-from bitnet_jax.config import Config, Hyper, ModelConfig
-from bitnet_jax.model import Transformer, empty_cache
+from bitnet_jax.config import Config
+from bitnet_jax.model import Transformer, empty_cache, pack_params
+from bitnet_jax.restore import Model
 
 
 @flax.struct.dataclass
@@ -40,13 +42,19 @@ class Decoding:
     key_B: jax.Array
 
 
-def codes_pay(model: ModelConfig, hyper: Hyper) -> bool:
-    """Whether decoding is faster with codes in place of master weights: where their products are.
+def for_decoding(model: Model, *, packed: bool = False) -> Model:
+    """The same model with its weights as they decode fastest here, or packed in 2 bits.
 
-    Each token reads all weights, and master weights are quantised again by every dispatch.
+    That is int8 codes where products by codes pay: each token reads all weights, and master weights
+    are quantised again by every dispatch. Raises UserError where weights cannot be packed.
     """
-    ternary = model.weight_format == "ternary"
-    return ternary and products.choose([hyper], standard=True) == products.CODES
+    by_codes = products.choose([model.hyper], standard=True) == products.CODES
+    if not packed and not (by_codes and model.cfg.model.weight_format == "ternary"):
+        return model
+    form = "packed" if packed else "codes"
+    cfg = replace(model.cfg, model=replace(model.cfg.model, weight_format=form))
+    params = pack_params(model.params, model.cfg.model, model.hyper, form)
+    return replace(model, cfg=cfg, params=params)
 
 
 @partial(jax.jit, static_argnums=(0, 5))

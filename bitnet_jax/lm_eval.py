@@ -51,7 +51,7 @@ class BitNet(TemplateLM):
     def __init__(self, source: str, batch_size: int | str = 8, **_):
         """`batch_size` rows are computed at once; what else the harness passes is not needed."""
         super().__init__()
-        self.model = restore.load_model(source)
+        self.model = generate.for_decoding(restore.load_model(source))
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
         self.params = jax.tree.map(jnp.asarray, self.model.params)
         self.hyper = jax.tree.map(jnp.float32, self.model.hyper)

@@ -57,7 +57,7 @@ def choose(hypers: Iterable[Hyper], *, standard: bool, on: str | None = None) ->
 def dot(a, b, axis_a: int, axis_b: int, result=jnp.float32) -> jax.Array:
     """Contract one axis of each of two matrices; narrow types are exact, so in one pass.
 
-    XLA:CPU multiplies a single narrow row six times as slowly as two, so it gets it twice.
+    XLA:CPU has a fast product of two narrow rows and none of a single one, so it gets that twice.
     """
     contracted = (((axis_a,), (axis_b,)), ((), ()))
     one_pass = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT

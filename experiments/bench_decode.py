@@ -3,13 +3,13 @@
 One process measures in turns, round after round, so that a slow minute hits everything alike:
 greedy continuations of random prompts by a random model of a preset's size, as one compiled program
 or with a dispatch for every token, with master weights (quantised once, before the loop), with
-int8 codes (as `bitnet generate` does on CPUs with AMX) or with packed 2-bit ones, and, where torch
-is installed, by `generate` of transformers with the same weights in its fastest form: ternary
+int8 codes (as `bitnet generate` has them on CPUs with AMX) or with packed 2-bit ones, and, where
+torch is installed, by `generate` of transformers with the same weights in its fastest form: ternary
 values and their scale (AutoBitLinear, offline), on one thread or one per core, whichever is faster
-at the time. `--online` adds the form that it trains, which
-quantises all weights for every token. That is layout b158, the only one that transformers has; with
-`--set model.layout=report` it is left out. Everything is float32 on CPUs, and of the preset's type
-elsewhere. Times include reading the prompt, and those of master weights quantising them once.
+at the time. `--online` adds the form that it trains, which quantises all weights for every token.
+That is layout b158, the only one that transformers has; with `--set model.layout=report` it is left
+out. Everything is float32 on CPUs, and of the preset's type elsewhere. Times include reading the
+prompt, and those of master weights quantising them once.
 
 Where rounding moves an activation to the next int8 code, logits move by some hundredths of their
 spread, and a random model's most likely tokens are that close: continuations part. Rows say what
@@ -17,8 +17,8 @@ share of the tokens is that of the first program.
 
 Prints a table, and the memory of packed weights; appends a row per measurement to
 experiments/results/bench_decode.jsonl. A ratio says how many times faster than transformers; the
-aim is at least 4 at batch 1 on a CPU and 10 on an H200. There is no Pallas kernel: only a GPU could
-show that it wins, and none was at hand. On two cores the commands take 100 and 68 seconds.
+aims at batch 1 are 6 for `report` and 4 for `125m` on a CPU, and 10 on an H200. There is no Pallas
+kernel: only a GPU could show that it wins, and none was at hand.
 
     python -m experiments.bench_decode
     python -m experiments.bench_decode --preset 125m --tokens 16 --batches 1 --rounds 3

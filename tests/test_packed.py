@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import generate, presets, products, quant, train
-from bitnet_jax.config import Hyper, ModelConfig
+from bitnet_jax import generate, presets, products, quant, restore, train
+from bitnet_jax.config import Config, Hyper, ModelConfig
 from bitnet_jax.fields import UserError
 from bitnet_jax.model import (
     Transformer,
@@ -105,16 +105,25 @@ def test_packed_logits_and_their_argmax_equal_those_of_master_weights(name, form
     assert len(np.unique(found_BLV.argmax(-1))) > 5
 
 
-def test_codes_pay_where_their_products_do_and_the_model_is_ternary(monkeypatch):
-    dense = Hyper(weight_quant=0.0, act_quant=0.0)
-    for machine, hyper, cfg, pays in (
-        ("cpu with AMX", Hyper(), config(), True),
-        ("cpu with AMX", dense, config(), False),
-        ("cpu with AMX", Hyper(), as_packed(config()), False),
-        ("gpu", Hyper(), config(), False),
+def test_models_decode_from_codes_where_their_products_pay_and_weights_are_ternary(monkeypatch):
+    dense, params = Hyper(weight_quant=0.0, act_quant=0.0), random_params(config())
+    for machine, hyper, shape, asked, form in (
+        ("cpu with AMX", Hyper(), config(), False, "codes"),
+        ("cpu with AMX", Hyper(), config(), True, "packed"),
+        ("cpu with AMX", dense, config(), False, "ternary"),
+        ("cpu with AMX", Hyper(), as_packed(config()), False, "packed"),
+        ("gpu", Hyper(), config(), False, "ternary"),
+        ("gpu", Hyper(), config(), True, "packed"),
     ):
         monkeypatch.setattr(products, "machine", lambda machine=machine: machine)
-        assert generate.codes_pay(cfg, hyper) == pays
+        model = restore.Model("m", Config(model=shape), hyper, params, None)
+        found = generate.for_decoding(model, packed=asked)
+        assert found.cfg.model.weight_format == form
+        layer = found.params["block_0"]["ffn"]["down"]
+        if form == shape.weight_format:
+            assert found is model
+        else:
+            assert set(layer) == {form, "scale"}
 
 
 def test_packed_parameters_are_two_bits_a_weight_and_a_scale_per_matrix():

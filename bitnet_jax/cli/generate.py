@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 from bitnet_jax import stopping
@@ -29,18 +28,13 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
 
     from bitnet_jax import generate, restore
-    from bitnet_jax.model import pack_params
 
     flags.prepare()
     prompts = read_prompts(args)
     model = restore.load_model(args.source)
     context = model.cfg.data.seq_len
     prompts_BP, lengths_B = encode(model.tokenizer, prompts, args.tokens, context, args.special)
-    if args.packed or generate.codes_pay(model.cfg.model, model.hyper):
-        form = "packed" if args.packed else "codes"
-        cfg = replace(model.cfg, model=replace(model.cfg.model, weight_format=form))
-        params = pack_params(model.params, model.cfg.model, model.hyper, form)
-        model = replace(model, cfg=cfg, params=params)
+    model = generate.for_decoding(model, packed=args.packed)
     write(model, prompts, decode(model, prompts_BP, lengths_B, args), args)
 
 
