@@ -8,7 +8,8 @@ precision of the preset: float32, or bfloat16 under autocast (`--compiled`: also
 torch.compile). Everything trains recipe `published`; steps and evaluations of the preset only say
 what a whole run spends on what.
 
-Prints a table, and the shares of a run; appends a row per measurement to
+`--brief` leaves out all of ours but the chunk, its evaluation and the bound. Prints a table, and
+without `--brief` the shares of a run; appends a row per measurement to
 experiments/results/bench_train.jsonl. Beside a step stand its bound (bench_bounds.py), the share of
 products and the ten largest costs, from a trace. Aims on a CPU: a step at most 1.75 times its
 bound; torch takes at least twice as long in the same precision; small evaluations, one in 20 steps,
@@ -16,7 +17,7 @@ at most 3 % of the time at `quick` and 5 % at `report`; host code under 1 ms per
 
     python -m experiments.bench_train
     python -m experiments.bench_train --preset report --set data.corpus=text:books/*.txt
-    python -m experiments.bench_train --set model.dtype=bfloat16
+    python -m experiments.bench_train --brief --compiled --set model.dtype=bfloat16
 """
 
 import contextlib
@@ -84,18 +85,34 @@ def check_memory(memory_mb: float, n_params: int) -> None:
 # Measurements
 
 
-def measure_ours(one: Trainer, two: Trainer, most: int, rows: bench.Rows, planned: RunConfig):
-    """The chunk, and what stands around it; `planned` is the run that shares are told of."""
-    n_params = rows.fixed["params"]
+def check_chunk(one: Trainer, n_params: int) -> dict[str, float]:
+    """Raise Skipped if a chunk does not fit; the costs of its program, and the peak of memory."""
     check_memory(one.costs["memory_mb"], n_params)
     if (seconds := one.chunks(1)) > LIMIT_S:
         raise Skipped(f"a chunk of {K} steps takes {seconds:.0f} s")
-    compiled = one.costs | bench.peak_memory()
+    return one.costs | bench.peak_memory()
+
+
+def measure_step(one: Trainer, most: int, rows: bench.Rows) -> None:
+    """The chunk, its evaluation and the bound, and nothing else of ours."""
+    n_params = rows.fixed["params"]
+    compiled = check_chunk(one, n_params)
+    moves = {"chunk": lambda: one.chunks(1), "evaluation": one.evaluation}
+    taken = bench.rounds(moves | bounds_of(one), most)
+    chunk, small = taken["chunk"], taken["evaluation"]
+    add(rows, "train_chunk", chunk / K, **compiled, **cost_of_a_step(one, taken, n_params))
+    add(rows, "evaluation", small, **spread("share", small / chunk))
+
+
+def measure_ours(one: Trainer, two: Trainer, most: int, rows: bench.Rows, planned: RunConfig):
+    """The chunk, and what stands around it; `planned` is the run that shares are told of."""
+    n_params = rows.fixed["params"]
+    compiled = check_chunk(one, n_params)
     check_memory(two.costs["memory_mb"], 2 * n_params)
     taken = take_turns(one, two, most)
     chunk, small, large = taken["chunk"], taken["evaluation"], taken["large"]
     steps = chunk - small
-    compiled |= cost_of_a_step(one, taken, steps / K, n_params)
+    compiled |= cost_of_a_step(one, taken, n_params)
     seconds = {"step": steps / K, "evaluation": small, "large_block": large, "host": taken["host"]}
     shares = run_shares(planned, {name: float(np.median(x)) for name, x in seconds.items()})
     add(rows, "train_chunk", chunk / K, of_run=shares["step"], **compiled)
@@ -110,8 +127,15 @@ def measure_ours(one: Trainer, two: Trainer, most: int, rows: bench.Rows, planne
     add(rows, "two_replicates", taken["two"] / (2 * K), R=2, **ratio, **two.costs)
 
 
-def cost_of_a_step(one: Trainer, taken: dict, seconds: np.ndarray, n_params: int) -> dict:
+def bounds_of(one: Trainer) -> dict:
+    """Ways to time the parts of the bound of its step."""
+    shape = one.program.cfg.data
+    return bench_bounds.make_moves(one.program.cfg.model, shape.batch_size * shape.seq_len)
+
+
+def cost_of_a_step(one: Trainer, taken: dict, n_params: int) -> dict:
     """The bound of a step, how many times that it takes, and what it spends its time on."""
+    seconds = (taken["chunk"] - taken["evaluation"]) / K
     data_ = one.program.cfg.data
     n_rows = data_.batch_size * data_.seq_len
     limit = bench_bounds.bound(one.program.cfg.model, n_rows, n_params, taken)
@@ -149,9 +173,7 @@ def take_turns(one: Trainer, two: Trainer, most: int) -> dict[str, np.ndarray]:
             "loop": lambda: one.loop(LOOP_CHUNKS, recorders[0]),
             "host": lambda: one.host(recorders[1]),
         }
-        shape = one.program.cfg.data
-        moves |= bench_bounds.make_moves(one.program.cfg.model, shape.batch_size * shape.seq_len)
-        return bench.rounds(moves, most)
+        return bench.rounds(moves | bounds_of(one), most)
 
 
 def measure_peers(ours: Trainer, names: Sequence[str], most: int, rows: bench.Rows) -> None:
@@ -267,6 +289,9 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--compiled", action="store_true", help="also torch's ways through torch.compile"
     )
+    parser.add_argument(
+        "--brief", action="store_true", help="of ours only the chunk, its evaluation and the bound"
+    )
     args = parser.parse_args(argv)
     bench.check_counts(args, "rounds")
     return args
@@ -286,9 +311,13 @@ def measure(args: Namespace) -> None:
     print(rows.heading(), flush=True)
     try:
         check_time(n_params, cfg)
-        one, two = start(program), start(programs.build(cfg, replicates))
-        measure_ours(one, two, args.rounds, rows, asked.run)
-        del two
+        one = start(program)
+        if args.brief:
+            measure_step(one, args.rounds, rows)
+        else:
+            two = start(programs.build(cfg, replicates))
+            measure_ours(one, two, args.rounds, rows, asked.run)
+            del two
         peer_cfg = replace(cfg, model=replace(cfg.model, layout="b158"))
         if reason := bench_peer.why_none(peer_cfg.model):
             raise Skipped(f"torch: {reason}")
@@ -301,7 +330,9 @@ def measure(args: Namespace) -> None:
     except Skipped as reason:
         print(f"not measured: {reason}")
     if rows.rows:
-        print(f"{table(rows.rows)}\n{spending(rows.rows, args.preset, asked.run)}")
+        print(table(rows.rows))
+        if not args.brief:
+            print(spending(rows.rows, args.preset, asked.run))
         print(f"rows: {rows.path}")
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,9 +19,9 @@ def run_tiny(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(bench_peer, "why_none", lambda model: "not here")
 
-    def run():
+    def run(*flags):
         changes = (f"data.corpus={tiny.data.corpus}", "model.n_layers=1")
-        argv = ["--preset", "tiny", "--rounds", "1", "--seed", "3"]
+        argv = ["--preset", "tiny", "--rounds", "1", "--seed", "3", *flags]
         argv += [text for change in changes for text in ("--set", change)]
         bench_train.measure(bench_train.parse(argv))
         path = tmp_path / "results" / "bench_train.jsonl"
@@ -42,6 +44,25 @@ def test_every_measurement_becomes_a_row_without_paths(run_tiny, tmp_path, capsy
     assert str(tmp_path) not in text
     out = capsys.readouterr().out
     assert "not measured: torch: not here" in out and "a run of tiny (20 steps" in out
+
+
+@pytest.mark.slow
+def test_brief_measures_the_chunk_its_evaluation_and_the_bound(run_tiny):
+    rows, _ = run_tiny("--brief")
+    assert set(rows) == {"train_chunk", "evaluation"}
+    row = rows["train_chunk"]
+    in_parts = row["bound_products_ms"] + row["bound_adam_ms"]
+    assert 0 < row["bound_ms"] == pytest.approx(in_parts, abs=0.02)
+
+
+def test_the_bound_is_timed_in_memory_that_is_held():
+    held = jnp.zeros(8)
+    place = held.unsafe_buffer_pointer()
+    move = bench_bounds.in_place(lambda x: x + 1, held)
+    seconds = [move() for _ in range(3)]
+    assert held.is_deleted() and all(s > 0 for s in seconds)
+    kept = [x for x in jax.live_arrays() if x.shape == (8,)]
+    assert any(x.unsafe_buffer_pointer() == place and float(x[0]) == 3 for x in kept)
 
 
 def test_a_chunk_that_takes_too_long_is_not_measured(run_tiny, monkeypatch, capsys):
