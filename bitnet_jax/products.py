@@ -19,8 +19,8 @@ from bitnet_jax.config import Hyper
 # How BitLinear multiplies: codes where every strength is 1, or fake-quantised in the model's type.
 CODES, PLAIN = "codes", "plain"
 # Chosen once and never at start: a resumed run multiplies as before. With AMX a training step by
-# fake-quantised products takes 0.94 [0.90, 1.12] (quick, 5 rounds) and 1.06 [0.91, 1.14] (report,
-# 3) of one by codes (2 cores, jax 0.10.2, python -m experiments.bench_train): no difference shown.
+# fake-quantised products takes 1.03 [0.94, 1.17] (quick, 4 rounds) and 1.12 [1.11, 1.12] (report,
+# 2) of one by codes (2 cores, jax 0.10.2, python -m experiments.bench_train): little shown.
 # Decoding by codes is faster there (python -m experiments.bench_decode).
 TABLE = {"cpu with AMX": CODES, "cpu": PLAIN, "gpu": PLAIN, "tpu": PLAIN}  # gpu, tpu: not measured
 # Of a float32 gradient: 8 bits each, so two leave an error of 2^-17 of an element, of which a sum
