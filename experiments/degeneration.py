@@ -5,7 +5,7 @@ held-out beginnings of 16 tokens by 64: greedily, sampled at temperature 1, and 
 nucleus (top-p 0.9). Beside these free-running numbers stand those of the text's own continuations
 and the teacher-forced ones. seq-rep-4: share of a continuation's 4-grams that are repeats.
 
-    python -m experiments.degeneration                 # 1 min on 2 cores
+    python -m experiments.degeneration --seeds 0-4     # 7 min on 1 core
 
 Goes when a study of larger models compares their text with the data's.
 """
@@ -20,8 +20,7 @@ from experiments.lab.claims import Claim
 from experiments.lab.exhibits import signed, triple
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import difference, ended, interval, mean, values
-from experiments.lab.studies import QUICK_BEFORE as QUICK
-from experiments.lab.studies import SMALL
+from experiments.lab.studies import QUICK, SMALL
 
 COUPLED, DECOUPLED, PUBLISHED = "coupled", "decoupled", "published"
 ARMS = tuple(Arm(name, name) for name in (COUPLED, DECOUPLED, PUBLISHED))
@@ -77,13 +76,13 @@ def excess(df, arm: str, way: str, key: str = "rep_4"):
 
 def learned_repeat(df) -> bool:
     healthy = (DECOUPLED, PUBLISHED)
-    return all(ended(df, x).all() and excess(df, x, "greedy").within(0.5, 1) for x in healthy)
+    return all(ended(df, x).all() and excess(df, x, "greedy").within(0.4, 1) for x in healthy)
 
 
 CLAIMS = (
     Claim(
         "greedy",
-        "decoded greedily, models that have learned repeat: seq-rep-4 is 0.5 above the text's",
+        "decoded greedily, models that have learned repeat: seq-rep-4 is 0.4 above the text's",
         learned_repeat,
         QUICK,
     ),
@@ -136,4 +135,5 @@ def show(df, exhibits) -> None:
 
 
 if __name__ == "__main__":
-    experiment(__doc__, ARMS, measure, CLAIMS, show, seeds="0-2", quick=SMALL)
+    quick = (*SMALL, "run.steps=1000", "run.eval_every=50", "run.save_every=1000")
+    experiment(__doc__, ARMS, measure, CLAIMS, show, quick=quick)

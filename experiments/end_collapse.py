@@ -16,7 +16,7 @@ from experiments.lab.arms import Arm
 from experiments.lab.claims import Claim
 from experiments.lab.exhibits import change
 from experiments.lab.experiment import experiment
-from experiments.lab.measures import first_below_unigram, large_weights
+from experiments.lab.measures import large_weights
 from experiments.lab.stats import (
     NotEnough,
     difference,
@@ -26,7 +26,7 @@ from experiments.lab.stats import (
     of,
     severe_share,
 )
-from experiments.lab.studies import BOOKS, FULL_BEFORE, TRACKED
+from experiments.lab.studies import BOOKS, FULL, FULL_BEFORE, TRACKED
 from experiments.lab.studies import QUICK_TRACKED as QUICK
 
 COUPLED, ADAMW, PUBLISHED = "coupled", "AdamW for Adam", "published"
@@ -49,7 +49,7 @@ ARMS = (
 
 
 def measure(run) -> dict[str, list]:
-    return {"above_1.1": large_weights(run), "first_below_unigram": first_below_unigram(run)}
+    return {"above_1.1": large_weights(run)}
 
 
 def lengths(df, arm: str) -> list[int]:
@@ -82,13 +82,19 @@ CLAIMS = (
         "coupled",
         "the coupled recipe has not learned in any run",
         lambda df: never(df, (COUPLED,)),
-        *(FULL_BEFORE, BOOKS, QUICK),
+        *(FULL, BOOKS, QUICK),
     ),
     Claim(
         "lower",
         "AdamW, no decay, and decay on matrices only each lower the loss by 0.5 nats or more",
         lambda df: all(difference(df, x, COUPLED).high < -0.5 for x in (ADAMW, NONE, MATRICES)),
         *(FULL_BEFORE, BOOKS, QUICK),
+    ),
+    Claim(
+        "large",
+        "AdamW for Adam, alone, lowers the loss of 1000 steps by 2 nats or more",
+        lambda df: difference(df, ADAMW, COUPLED).high < -2,
+        FULL,
     ),
     Claim(
         "adamw",
@@ -122,9 +128,9 @@ CLAIMS = (
     ),
     Claim(
         "full-size",
-        "after 1000 steps neither AdamW nor the published recipe is shown to have learned",
-        lambda df: not (ended(df, ADAMW, 1000).any() or ended(df, PUBLISHED, 1000).any()),
-        FULL_BEFORE,
+        "after 1000 steps the published recipe has learned in some seeds, and not in all",
+        lambda df: len(set(ended(df, PUBLISHED, 1000))) == 2,
+        FULL,
     ),
     Claim(
         "published",
@@ -136,7 +142,7 @@ CLAIMS = (
         "diverse",
         "the published recipe predicts as many distinct tokens in stage 2 as in stage 1 or more",
         more_distinct_late,
-        *(FULL_BEFORE, BOOKS, QUICK),
+        *(FULL, BOOKS, QUICK),
     ),
     Claim(
         "price",

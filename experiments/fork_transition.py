@@ -35,8 +35,7 @@ from experiments.lab.exhibits import signed
 from experiments.lab.experiment import experiment
 from experiments.lab.finished import RunFailed
 from experiments.lab.stats import difference, ended, mean, of
-from experiments.lab.studies import FULL_BEFORE, SMALL
-from experiments.lab.studies import QUICK_BEFORE as QUICK
+from experiments.lab.studies import FULL_BEFORE, QUICK, SMALL
 
 KINDS = ("coupled", "decoupled")
 UNFORKED = "not stopped"

@@ -27,15 +27,14 @@ from experiments.lab.exhibits import CORE
 from experiments.lab.experiment import experiment
 from experiments.lab.measures import large_weights
 from experiments.lab.stats import NotEnough, each, interval, of
-from experiments.lab.studies import BOOKS_BEFORE as BOOKS
-from experiments.lab.studies import FULL, FULL_BEFORE, TRACKED
-from experiments.lab.studies import QUICK_TRACKED_BEFORE as QUICK
+from experiments.lab.studies import BOOKS_BEFORE, FULL, TRACKED
+from experiments.lab.studies import QUICK_TRACKED_BEFORE as QUICK_BEFORE
 
 COUPLED = "coupled"
 ARMS = (Arm(COUPLED),)
 LARGE = (("above_1.1/all", "|w| > 1.1", ",.0f"), ("above_1.1/predicted", "predicted", ",.0f"))
-EARLY = {5: (72, 94), 50: (46, 85), 100: (6, 11)}  # distinct predictions of our runs, by step
-STAGES = {1: (13, 20), 2: (3.4, 5.1)}  # their means, by stage
+EARLY = {5: (72, 103), 50: (46, 88), 100: (6, 11)}  # distinct predictions of our runs, by step
+STAGES = {1: (13, 20), 2: (3.2, 5.1)}  # their means, by stage
 MEAN_LOSS, LAST_LOSS = 9.60, 9.92  # the report's, in training, of 1000 steps
 
 
@@ -103,9 +102,10 @@ def never_below(df) -> bool:
     return bool(df["numbers/transit"].isna().all() and (df[LOSS] - df["unigram"] > 0.4).all())
 
 
-def lower_losses(df) -> bool:
+def losses_around(df) -> bool:
+    """Whether both losses of the report lie between the lowest and the highest of ours."""
     means, lasts = (shortest(df)[f"numbers/loss_{name}"] for name in ("mean", "final"))
-    return bool((means < MEAN_LOSS).all() and (lasts < LAST_LOSS).all())
+    return all(x.min() <= y <= x.max() for x, y in ((means, MEAN_LOSS), (lasts, LAST_LOSS)))
 
 
 def lie_in(df, column: str, ranges: dict[int, tuple[float, float]]) -> bool:
@@ -124,29 +124,29 @@ CLAIMS = (
         "never",
         "no run is below the loss of word frequencies at any evaluation; each ends 0.4 nats above",
         never_below,
-        *(FULL, FULL_BEFORE, BOOKS, QUICK),
+        *(FULL, BOOKS_BEFORE, QUICK_BEFORE),
     ),
     Claim(
         "stages",
         "as reported, the shortest runs predict less than half as many distinct tokens in stage 2",
         lambda df: bool((ratio(df, "unique_stage2", "unique_stage1") < 0.5).all()),
-        *(FULL, FULL_BEFORE, BOOKS, QUICK),
+        *(FULL, BOOKS_BEFORE, QUICK_BEFORE),
     ),
     Claim(
         "flat",
         "past 30 % of every run predictions are nearly uniform: mean entropy over 90 % of ln V",
         flat,
-        *(FULL, FULL_BEFORE, BOOKS, QUICK),
+        *(FULL, BOOKS_BEFORE, QUICK_BEFORE),
     ),
     Claim(
         "early",
-        "distinct predictions at steps 5, 50, 100: 72-94, 46-85, 6-11; the report has 95, 70, 6",
+        "distinct predictions at steps 5, 50, 100: 72-103, 46-88, 6-11; the report has 95, 70, 6",
         lambda df: lie_in(df, "numbers/milestones/{}/unique", EARLY),
         FULL,
     ),
     Claim(
         "means",
-        "mean distinct predictions of stages 1 and 2: 13-20 and 3.4-5.1; the report has 15.1, 3.6",
+        "mean distinct predictions of stages 1 and 2: 13-20 and 3.2-5.1; the report has 15.1, 3.6",
         lambda df: lie_in(df, "numbers/unique_stage{}", STAGES),
         FULL,
     ),
@@ -154,25 +154,25 @@ CLAIMS = (
         "large",
         "after 1000 steps the weights above 1.1 are those that decay alone leaves, within 0.1 %",
         lambda df: interval(ratio(df, "above_1.1/all", "above_1.1/predicted")).within(0.999, 1.001),
-        FULL_BEFORE,
+        FULL,
     ),
     Claim(
         "half",
-        "the logit spread of 1000 steps is halved within 3 % of the predicted step, nothing fitted",
-        lambda df: bool((abs(half_steps(shortest(df)) - 1) < 0.03).all()),
-        FULL_BEFORE,
+        "the logit spread of 1000 steps is halved within 6 % of the predicted step, nothing fitted",
+        lambda df: bool((abs(half_steps(shortest(df)) - 1) < 0.06).all()),
+        FULL,
     ),
     Claim(
         "recovery",
         "longer runs: from step 500 to 1000 the count triples, the logits vanish, the loss is ln V",
         count_alone_recovers,
-        BOOKS,
+        BOOKS_BEFORE,
     ),
     Claim(
-        "lower",
-        "after 1000 steps every training loss, mean and last, is below the report's 9.60 and 9.92",
-        lower_losses,
-        FULL_BEFORE,
+        "losses",
+        "the report's training losses of 1000 steps, mean 9.60 and last 9.92, lie among ours",
+        losses_around,
+        FULL,
     ),
 )
 

@@ -28,8 +28,7 @@ from experiments.lab.claims import Claim
 from experiments.lab.exhibits import PREDICTORS, signed
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import NotEnough, ended, interval, mean, of, severe_share, values
-from experiments.lab.studies import QUICK_BEFORE as QUICK
-from experiments.lab.studies import SMALL
+from experiments.lab.studies import QUICK, SMALL
 
 COUPLED, DECOUPLED = KINDS = ("coupled", "decoupled")
 ARMS = tuple(Arm(kind, kind) for kind in KINDS)

@@ -22,8 +22,7 @@ from experiments.lab.arms import Arm
 from experiments.lab.claims import Claim
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import each, interval, of
-from experiments.lab.studies import QUICK_BEFORE as QUICK
-from experiments.lab.studies import SMALL
+from experiments.lab.studies import QUICK, SMALL
 from experiments.lab.weights import BIN, BINS, counts_without_gradient, sums_at
 
 COUPLED, DECOUPLED, PUBLISHED = ARM_NAMES = ("coupled", "decoupled", "published")

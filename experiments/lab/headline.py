@@ -14,7 +14,7 @@ PICTURE = rows.FOLDER / "answer.svg"
 def read() -> pd.DataFrame:
     """The rows of the largest study."""
     made = rows.read("end_collapse")
-    return rows.frame([row for row in made if rows.study(row) == studies.FULL_BEFORE.identity])
+    return rows.frame([row for row in made if rows.study(row) == studies.FULL.identity])
 
 
 def table(df) -> tuple[list[str], list[list[str]]]:
@@ -30,7 +30,7 @@ def table(df) -> tuple[list[str], list[list[str]]]:
     ):
         cells = [mean(df, arm, column).text(spec) for arm in arms]
         lines.append([title, reported, *cells, unigram])
-    steps, n = of(df, COUPLED)["steps"].iloc[0], seeds(df)
+    steps, n = of(df, COUPLED)["steps"].iloc[0], seeds(df[df["arm"].isin(arms)])
     heads = [f"after {steps} steps, n = {n}", "the report", *arms, "unigram predictor"]
     return heads, lines
 

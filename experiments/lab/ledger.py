@@ -11,7 +11,7 @@ report computes from its own numbers, and what holds by construction, is counted
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -275,10 +275,11 @@ def judge(entry: Entry, runs: pd.DataFrame, full: bool) -> Line:
         good = "holds" if entry.kind == BUILT else EXPLAINED
         return Line(entry, found, good if agrees else DIFFERENT)
     values = runs[entry.column].dropna()
-    found = stats.interval(values).text(f".{entry.digits}f")
+    found, spec = stats.interval(values), f".{entry.digits}f"
     if len(values) < 2:
-        return Line(entry, found or "never", UNKNOWN if len(values) else DIFFERENT)
+        return Line(entry, found.text(spec) or "never", UNKNOWN if len(values) else DIFFERENT)
     low, high = stats.prediction_interval(values)
+    found = replace(found, low=low, high=high).text(spec)
     possible = entry.possible[1] - entry.possible[0]
     if high - low > possible / 2:
         return Line(entry, found, UNDECIDED)
@@ -343,7 +344,7 @@ def table(lines: list[Line]) -> Table:
         f"{kind}: {', '.join(f'{n} {status}' for status, n in found.items())}"
         for kind, found in counts(lines).items()
     )
-    return Table("Ledger", ["claim", "reported", "ours", "status"], cells, told)
+    return Table("Ledger", ["claim", "reported", "ours [one more run]", "status"], cells, told)
 
 
 def main() -> None:

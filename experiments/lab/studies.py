@@ -83,14 +83,13 @@ FULL_BEFORE = Study("full-size books, before", "report", (*FULL.assignments, *OL
 BOOKS_BEFORE = Study("narrow books, before", "report", (*BOOKS.assignments, *OLD), UNSTRIPPED_TEXT)
 QUICK_BEFORE = Study("quick, before", "quick", (*SMALL, *ENDS_MASKED), OLD_STDLIB_TEXT)
 QUICK_TRACKED_BEFORE = Study("quick, before", "quick", (*TRACKED, *ENDS_MASKED), OLD_STDLIB_TEXT)
-QUICK_B158_BEFORE = Study("quick, before", "quick", (*SIZE, *ENDS_MASKED), OLD_STDLIB_TEXT)
 KJV = Study("King James", "quick", HELD_OUT, KJV_TEXT)
 KJV_STDLIB = Study("beside King James", "quick", HELD_OUT, STDLIB_TEXT)
 STAR_BOOKS = Study("star, books", "quick", STAR_SIZE, FEW_BOOKS_TEXT)
 STAR_PYTHON = Study("star, Python", "quick", STAR_SIZE, STDLIB_TEXT)
 STUDIES = (
     *(FULL, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158, FULL_BEFORE, BOOKS_BEFORE),
-    *(QUICK_BEFORE, QUICK_TRACKED_BEFORE, QUICK_B158_BEFORE),
+    *(QUICK_BEFORE, QUICK_TRACKED_BEFORE),
     *(KJV, KJV_STDLIB, STAR_BOOKS, STAR_PYTHON),
 )
 
