@@ -88,9 +88,9 @@ def traffic(hlo: str) -> dict[str, Traffic]:
     A loop counts as often as it turns, where the compiler knows (else once). What is gathered in
     parts, in several fusions, has one channel and counts once.
     """
-    types, computations, entry = _parse(hlo)
+    types, computations, entry = parse_hlo(hlo)
     devices = re.search(r"num_partitions=(\d+)", hlo)
-    times = _times(computations, entry)
+    times = executions(computations, entry)
     found: dict[tuple, tuple[str, Traffic]] = {}
     for name, lines in computations.items():
         for instruction, line in lines.items():
@@ -111,7 +111,7 @@ def traffic(hlo: str) -> dict[str, Traffic]:
     return dict(totals)
 
 
-def _parse(hlo: str) -> tuple[dict, dict, str]:
+def parse_hlo(hlo: str) -> tuple[dict, dict, str]:
     """Types by name; texts of the instructions by computation and name; where it begins."""
     types: dict[str, str] = {}
     computations: dict[str, dict[str, str]] = {}
@@ -130,7 +130,7 @@ def _parse(hlo: str) -> tuple[dict, dict, str]:
     return types, computations, entry
 
 
-def _times(computations: dict, entry: str) -> dict[str, float]:
+def executions(computations: dict, entry: str) -> dict[str, float]:
     """How often each computation runs when the program runs once."""
     times: dict[str, float] = defaultdict(float)
 

@@ -8,6 +8,7 @@ shapes of the model, and are said to be estimates (`estimate` says how good).
 A time is a bound by published peaks (`chips`), which no run reaches.
 """
 
+import contextlib
 import math
 import re
 import time
@@ -178,14 +179,11 @@ def compile_program(program: Program) -> Compiled:
     """Compile the chunk and the large evaluation of a run for the devices of its mesh."""
     began, everywhere = time.monotonic(), sharding.replicated(program.mesh)
     large = jax.jit(train.make_large_eval(program.cfg, program.seams), out_shardings=everywhere)
-    state, rest = program.abstract_state, (program.hyper, program.evals)
-    precision = "float32" if program.cfg.model.dtype == "float32" else "default"
+    arguments = program.abstract_state, program.hyper, program.evals
     try:
-        with jax.set_mesh(program.mesh), jax.default_matmul_precision(precision):
-            evaluation = large.lower(state, *rest).compile().memory_analysis()
-            chunk = program.jitted_chunk.lower(
-                state, *rest, None, shapes.batches_of(program)
-            ).compile()
+        with _settings(program):
+            evaluation = large.lower(*arguments).compile().memory_analysis()
+        chunk = compile_chunk(program)
     except jax.errors.JaxRuntimeError as error:
         if not (used := USED.search(str(error))):
             raise
@@ -201,6 +199,21 @@ def compile_program(program: Program) -> Compiled:
         {kind: found.over(n) for kind, found in costs.traffic(chunk.as_text()).items()},
         time.monotonic() - began,
     )
+
+
+def compile_chunk(program: Program):
+    """The compiled chunk of steps that training dispatches, for the devices of the mesh."""
+    arguments = program.abstract_state, program.hyper, program.evals, None
+    with _settings(program):
+        return program.jitted_chunk.lower(*arguments, shapes.batches_of(program)).compile()
+
+
+@contextlib.contextmanager
+def _settings(program: Program):
+    """Devices and precision of products, as in `run.run`."""
+    precision = "float32" if program.cfg.model.dtype == "float32" else "default"
+    with jax.set_mesh(program.mesh), jax.default_matmul_precision(precision):
+        yield
 
 
 def _used(memory) -> int:

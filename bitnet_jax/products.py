@@ -20,7 +20,7 @@ from bitnet_jax.config import Hyper
 CODES, PLAIN = "codes", "plain"
 # Chosen once and never at start: a resumed run multiplies as before. With AMX a training step by
 # fake-quantised products takes 1.03 [0.94, 1.17] (quick, 4 rounds) and 1.12 [1.11, 1.12] (report,
-# 2) of one by codes (2 cores, jax 0.10.2, python -m experiments.bench_train): little shown.
+# 2) of one by codes (2 cores, jax 0.10.2, python -m experiments.bench_train).
 # Decoding by codes is faster there (python -m experiments.bench_decode).
 TABLE = {"cpu with AMX": CODES, "cpu": PLAIN, "gpu": PLAIN, "tpu": PLAIN}  # gpu, tpu: not measured
 # Of a float32 gradient: 8 bits each, so two leave an error of 2^-17 of an element, of which a sum

@@ -38,8 +38,8 @@ class Skipped(Exception):
 # The command line
 
 
-def parser(name: str, doc: str, *, preset: str, rounds: int) -> flags.Parser:
-    """The flags of both benchmarks."""
+def parser(name: str, doc: str, *, preset: str, rounds: int | None) -> flags.Parser:
+    """The flags that benchmarks share; `rounds` is None where nothing is timed."""
     made = flags.Parser(f"python -m experiments.{name}", doc)
     made.default_preset = preset
     add = made.add_argument
@@ -53,7 +53,8 @@ def parser(name: str, doc: str, *, preset: str, rounds: int) -> flags.Parser:
         help="change a field (see below); may be repeated",
     )
     add("--seed", type=int, default=0, help="of weights and data (default: 0)")
-    add("--rounds", type=int, default=rounds, help=f"at most (default: {rounds})")
+    if rounds is not None:
+        add("--rounds", type=int, default=rounds, help=f"at most (default: {rounds})")
     return made
 
 

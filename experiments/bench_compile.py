@@ -2,31 +2,32 @@
 
 XLA compiles for an H200 and for TPUs on any machine: the chunk of steps that training dispatches,
 by fake-quantised products and by products of codes. Counted in the compiled program: operations of
-a step (kernels, on a GPU; those of a loop over blocks of the vocabulary once), its products by the
-type of their operands, and bytes of arguments and of temporaries. Without the device no kernel is
-chosen by trying it, so this says nothing of speed.
+a step (kernels, on a GPU), those in a loop as often as it turns; its products by the type of their
+operands, without those that are calls of a library; bytes of arguments and of temporaries. Without
+the device no kernel is chosen by trying it, so this says nothing of speed.
 
-For the H200 it takes `pip install "jax[cuda12]"`, for TPUs `"jax[tpu]"`. Prints a table; appends a
-row per program to experiments/results/bench_compile.jsonl.
+For the H200 it takes `pip install "jax[cuda12]"`, for TPUs `"jax[tpu]"`. Prints a line, and appends
+a row to experiments/results/bench_compile.jsonl, per program.
 
-    python -m experiments.bench_compile --topology h200:1 --preset report
-    python -m experiments.bench_compile --topology v5e:1x1 --preset report
+    python -m experiments.bench_compile --topology h200:1 --set data.tokenizer=gpt2:FOLDER
+    python -m experiments.bench_compile --topology v5e:1x1 --set data.tokenizer=gpt2:FOLDER
 """
 
+import importlib.util
 import os
 import re
 import sys
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
 
-from bitnet_jax import chips, presets, products, shapes, sharding
+from bitnet_jax import chips, costs, plan, presets, products, shapes, sharding
 from bitnet_jax.cli import flags
 from bitnet_jax.config import RunConfig
 from bitnet_jax.fields import UserError
-from bitnet_jax.program import Program
 from experiments import bench
 
 K = 20  # steps in a chunk
@@ -44,11 +45,11 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 1 patch: 1 }
 device_description_str: "NVIDIA H200"
 """
-KERNELS = "fusion custom-call copy sort scatter dot convolution reduce dynamic-update-slice iota"
-CALLED = re.compile(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
-DEFINED = re.compile(r"%?([\w.\-]+) = \(?(\w+)\[")
-OPERATION = re.compile(r"= (?:\([^=]*\)|\S+) ([\w\-]+)\(%?([\w.\-]*)")
+KERNELS = {"fusion", "custom-call", "copy", "sort", "scatter", "dot", "convolution", "reduce"}
+KERNELS |= {"dynamic-update-slice", "iota"}
+LOOP = re.compile(r" while\(.*body=%([\w.-]+)")
+OPERATION = re.compile(r" ([a-z][\w-]*)\(%?([\w.-]*)")
+INSIDES = re.compile(r"calls=%[\w.-]+")  # of a fusion
 
 
 def h200_devices(n: int) -> list:
@@ -56,16 +57,15 @@ def h200_devices(n: int) -> list:
     from jax._src import xla_bridge
     from jax.experimental import topologies
 
+    if not any(importlib.util.find_spec(f"jax_{cuda}_plugin") for cuda in ("cuda12", "cuda13")):
+        raise UserError('--topology h200: needs pip install "jax[cuda12]"')
     known = xla_bridge.canonicalize_platform
     # jax 0.10 looks for the devices that are here, and knows no "gpu" without one (jax#23971).
     xla_bridge.canonicalize_platform = lambda name: "cuda" if name == "gpu" else known(name)
-    try:
-        found = topologies.get_topology_desc(
-            platform="cuda", topology_name="h200", topology=f"1x1x{n}", target_config=H200
-        )
-    except (RuntimeError, NotImplementedError) as error:
-        raise UserError('--topology h200: needs pip install "jax[cuda12]"') from error
-    return list(found.devices)
+    described = topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", topology=f"1x1x{n}", target_config=H200
+    )
+    return list(described.devices)
 
 
 def devices(topology: chips.Topology) -> list:
@@ -78,64 +78,35 @@ def devices(topology: chips.Topology) -> list:
     return chips.devices_of(topology)
 
 
-def compiled(program: Program):
-    """The chunk that training dispatches."""
-    precision = "float32" if program.cfg.model.dtype == "float32" else "default"
-    state, rest = program.abstract_state, (program.hyper, program.evals)
-    with jax.set_mesh(program.mesh), jax.default_matmul_precision(precision):
-        batches = shapes.batches_of(program)
-        return program.jitted_chunk.lower(state, *rest, None, batches).compile()
-
-
-def bodies(hlo: str) -> dict[str, list[str]]:
-    """Lines of every computation of a compiled program, by name."""
-    found, name = {}, ""
-    for line in hlo.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = head[1]
-            found[name] = []
-        elif name:
-            found[name].append(line)
-    return found
-
-
-def reachable(by_name: dict[str, list[str]], first: str, *, fused: bool) -> dict[str, list[str]]:
-    """The computation `first` and those that it runs; `fused`: also the insides of its kernels."""
-    waiting, found = [first], {}
-    while waiting:
-        if (name := waiting.pop()) in found or name not in by_name:
-            continue
-        found[name] = by_name[name]
-        for line in by_name[name]:
-            if fused or re.search(r" (?:call|while|conditional)\(", line):
-                inside = " ".join(BRANCHES.findall(line))
-                waiting += CALLED.findall(line) + re.findall(r"[\w.\-]+", inside)
-    return found
+def operations(computations: dict, entry: str) -> Iterator[tuple[float, str, str]]:
+    """How often, kind and first operand of every operation when `entry` runs once."""
+    for name, times in costs.executions(computations, entry).items():
+        for key, text in computations.get(name, {}).items():
+            if key != costs.ROOT and (found := OPERATION.search(text)):
+                yield times, found[1], found[2]
 
 
 def count(hlo: str) -> dict:
-    """Operations of the largest loop, which is that over steps."""
-    by_name = bodies(hlo)
-    loops = re.findall(r" while\(.*body=%?([\w.\-]+)", hlo)
-    step = max(loops, key=lambda loop: sum(map(len, reachable(by_name, loop, fused=True).values())))
-    kinds, operands = Counter(), Counter()
-    for lines in reachable(by_name, step, fused=False).values():
-        kinds.update(found[1] for line in lines if (found := OPERATION.search(line)))
-    for lines in reachable(by_name, step, fused=True).values():
-        types = dict(found.groups() for line in lines if (found := DEFINED.search(line)))
-        for line in lines:
-            found = OPERATION.search(line)
-            if found and found[1] in ("dot", "convolution"):
-                operands[types.get(found[2], "?")] += 1
+    """Kernels and products of a turn of the largest loop, which is that over steps."""
+    types, computations, _ = costs.parse_hlo(hlo)
+    step = max(LOOP.findall(hlo), key=lambda body: len(costs.executions(computations, body)))
+    whole = {  # fusions are kernels, and what is inside them is not
+        name: {key: INSIDES.sub("", x) if " fusion(" in x else x for key, x in lines.items()}
+        for name, lines in computations.items()
+    }
+    operands: Counter = Counter()
+    for times, kind, operand in operations(computations, step):
+        if kind in ("dot", "convolution"):
+            operands[re.match(r"\w+", types[operand])[0]] += times
     return {
-        "operations": sum(kinds[kind] for kind in KERNELS.split()),
-        "products": dict(operands.most_common()),
+        "operations": round(sum(n for n, kind, _ in operations(whole, step) if kind in KERNELS)),
+        "products": {kind: round(n) for kind, n in operands.most_common()},
     }
 
 
 def parse(argv: list[str]) -> Namespace:
     """The command line."""
-    parser = bench.parser("bench_compile", __doc__, preset="report", rounds=1)
+    parser = bench.parser("bench_compile", __doc__, preset="report", rounds=None)
     parser.add_argument("--topology", default="h200:1", help="h200:1, v5e:1x1 (default: h200:1)")
     return parser.parse_args(argv)
 
@@ -154,7 +125,8 @@ def run(args: Namespace) -> None:
     fixed |= {"topology": topology.text, "B": cfg.data.batch_size, "L": cfg.data.seq_len}
     rows = bench.Rows("bench_compile", fixed)
     for form in (products.PLAIN, products.CODES):
-        chunk = compiled(replace(program, seams=replace(program.seams, products=form)))
+        seams = replace(program.seams, products=form)
+        chunk = plan.compile_chunk(replace(program, seams=seams))
         memory = chunk.memory_analysis()
         row = rows.add(
             form,
@@ -177,6 +149,7 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     args = parse(sys.argv[1:])
     bench.prepare()
+    jax.config.update("jax_platforms", "cpu")  # where arrays live meanwhile
     run(args)
 
 

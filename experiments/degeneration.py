@@ -5,7 +5,7 @@ held-out beginnings of 16 tokens by 64: greedily, sampled at temperature 1, and 
 nucleus (top-p 0.9). Beside these free-running numbers stand those of the text's own continuations
 and the teacher-forced ones. seq-rep-4: share of a continuation's 4-grams that are repeats.
 
-    python -m experiments.degeneration --seeds 0-4     # 7 min on 1 core
+    python -m experiments.degeneration --seeds 0-4     # 9 min on 1 core
 
 Goes when a study of larger models compares their text with the data's.
 """

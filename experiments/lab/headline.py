@@ -6,7 +6,7 @@ from bitnet_jax import charts
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOSS
 from experiments.end_collapse import ADAMW, COUPLED, PUBLISHED
 from experiments.lab import rows, studies
-from experiments.lab.stats import mean, of, seeds
+from experiments.lab.stats import mean, of
 
 PICTURE = rows.FOLDER / "answer.svg"
 
@@ -30,8 +30,9 @@ def table(df) -> tuple[list[str], list[list[str]]]:
     ):
         cells = [mean(df, arm, column).text(spec) for arm in arms]
         lines.append([title, reported, *cells, unigram])
-    steps, n = of(df, COUPLED)["steps"].iloc[0], seeds(df[df["arm"].isin(arms)])
-    heads = [f"after {steps} steps, n = {n}", "the report", *arms, "unigram predictor"]
+    steps = of(df, COUPLED)["steps"].iloc[0]
+    named = (f"{arm}, n = {len(of(df, arm))}" for arm in arms)
+    heads = [f"after {steps} steps", "the report", *named, "unigram predictor"]
     return heads, lines
 
 
