@@ -139,5 +139,5 @@ def cost(rows: list[dict]) -> str:
     """Hardware and time that the rows took; a run that was suspended has none."""
     devices = sorted({f"{row['device']}, {row['cores']} cores" for row in rows})
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
-    rest = f" and {len(rows) - len(known)} rows without a time" if len(known) < len(rows) else ""
+    rest = f", without a time: {len(rows) - len(known)}" if len(known) < len(rows) else ""
     return f"{'; '.join(devices)}: {sum(known) / 60:.0f} min{rest}"
