@@ -200,6 +200,15 @@ def test_a_claim_holds_or_not_or_lacks_rows(named, losses, status):
     assert (part.study, part.findings[0].status) == (TINY, status)
 
 
+def test_a_length_of_few_seeds_decides_nothing_beside_one_of_enough(named):
+    made = make_rows({"a": [2.0, 2.1, 2.2], "b": [1.0, 1.1, 1.2]})
+    longer = make_rows({"a": [3.0], "b": [9.0]}, steps=40)
+    claim = Claim("all", "b is lower in every row", lambda df: set(df["steps"]) == {20}, TINY)
+    (part,) = pages.analyse((claim,), lambda df, shown: shown.table(df), made + longer)
+    assert (part.findings[0].status, part.findings[0].seeds) == (HOLDS, 3)
+    assert "b, 40 steps" in [line[0] for line in part.exhibits.tables[0].lines]
+
+
 def test_rows_of_another_width_leave_the_study_alone(named):
     good = make_rows({"a": [2.0, 2.1, 2.2], "b": [1.0, 1.1, 1.2]})
     bad = make_rows({"a": [2.0, 2.1, 2.2], "b": [3.0, 3.1, 3.2]}, model__d_model=64)
@@ -228,7 +237,7 @@ def test_the_build_fails_when_the_index_tells_what_does_not_hold(
     monkeypatch.setattr(experiment, "load", lambda name: module)
     for name, text in (
         ("INDEX", "<!-- index: -->\n<!-- end -->\n"),
-        ("README", "<!-- table: -->\n<!-- end -->\n<!-- claims: toy/lower -->\n<!-- end -->\n"),
+        ("README", "<!-- table: 20 -->\n<!-- end -->\n<!-- claims: toy/lower -->\n<!-- end -->\n"),
     ):
         path = tmp_path / f"{name}.md"
         path.write_text(text)
@@ -238,12 +247,12 @@ def test_the_build_fails_when_the_index_tells_what_does_not_hold(
     monkeypatch.setattr(headline, "PICTURE", tmp_path / "answer.svg")
     monkeypatch.setattr(headline, "read", lambda: None)
     monkeypatch.setattr(headline, "picture", lambda df: [panel])
-    monkeypatch.setattr(headline, "table", lambda df: (["arm"], [["a"]]))
+    monkeypatch.setattr(headline, "table", lambda df, steps: (["arm"], [[str(steps)]]))
     monkeypatch.setattr(build, "QUESTIONS", ("toy",))
     assert build.main() == status
     told = [(tmp_path / f"{name}.md").read_text() for name in ("INDEX", "README")]
     assert all("is lower" in text and (FAILS in text) == bool(status) for text in told)
-    assert "| arm |" in told[1]
+    assert "| 20 |" in told[1]
     before = list(told)
     build.main()
     assert [(tmp_path / f"{name}.md").read_text() for name in ("INDEX", "README")] == before
@@ -257,11 +266,11 @@ def test_a_claim_is_short():
 def test_marked_parts_are_rebuilt_and_an_unknown_claim_is_refused():
     finding = claims.Finding(LOWER, TINY, HOLDS, 3)
     text = "head\n<!-- claims: toy/lower -->\nold\n<!-- end -->\ntail\n"
-    once = build.rebuild(text, {"toy": [finding]}, ())
+    once = build.rebuild(text, {"toy": [finding]}, None)
     assert "B is lower" in once and "old" not in once and once.startswith("head\n")
-    assert build.rebuild(once, {"toy": [finding]}, ()) == once
+    assert build.rebuild(once, {"toy": [finding]}, None) == once
     with pytest.raises(UserError, match="lower"):
-        build.rebuild(text.replace("toy/lower", "toy/lowre"), {"toy": [finding]}, ())
+        build.rebuild(text.replace("toy/lower", "toy/lowre"), {"toy": [finding]}, None)
 
 
 # ----------------------------------------------------------------------------------------- exhibits

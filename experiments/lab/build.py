@@ -50,7 +50,7 @@ def main() -> int:
     df = headline.read()
     charts.save_figure(headline.PICTURE, headline.picture(df))
     for path in (INDEX, README):
-        path.write_text(rebuild(path.read_text(), found, headline.table(df)))
+        path.write_text(rebuild(path.read_text(), found, df))
     n_told = sum(f.is_told for findings in found.values() for f in findings)
     print(f"{n_told} told, {wrong} of them not borne out; pages: {PAGES}")
     return 1 if wrong else 0
@@ -77,17 +77,18 @@ def complete(claims, parts: list[Part]) -> list[Finding]:
     return found + absent
 
 
-def rebuild(text: str, found: dict[str, list[Finding]], table: tuple) -> str:
+def rebuild(text: str, found: dict[str, list[Finding]], df) -> str:
     """A document with its marked parts rewritten; raises UserError for a claim that is not there.
 
     `<!-- claims: QUESTION/CLAIM ... -->` lists claims, `<!-- index: -->` all of them by question,
-    `<!-- table: -->` is the heads and lines of `table`; each ends at `<!-- end -->`.
+    `<!-- table: STEPS -->` is `headline.table` of `df`, the largest study's rows, at that length;
+    each ends at `<!-- end -->`.
     """
 
     def part(match: re.Match) -> str:
         kind, wanted = match.groups()
         if kind == "table":
-            body = markdown(*table)
+            body = markdown(*headline.table(df, int(wanted)))
         else:
             body = index(found) if kind == "index" else claim_list(wanted.split(), found)
         head = f"<!-- {kind}: {wanted} -->".replace("  ", " ")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.lab.stats import NotEnough, seeds
+from experiments.lab.stats import NotEnough, compared, seeds
 from experiments.lab.studies import Study
 
 LONGEST = 120  # characters of a claim
@@ -47,7 +47,8 @@ class Finding:
 
 
 def judge(claim: Claim, study: Study, df: pd.DataFrame) -> Finding:
-    """Test a claim on the rows of a study."""
+    """Test a claim on the rows of a study; a length of few seeds is shown, and decides nothing."""
+    df = compared(df)
     n = seeds(df)
     try:
         return Finding(claim, study, HOLDS if claim.test(df) else FAILS, n)

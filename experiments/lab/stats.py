@@ -129,6 +129,13 @@ def difference(
     return interval((a - b).dropna())
 
 
+def compared(df: pd.DataFrame) -> pd.DataFrame:
+    """Without lengths that an arm has fewer than SEEDS seeds of, where it has more at another."""
+    n = df.groupby(["arm", "steps"])["seed"].transform("nunique")
+    most = n.groupby(df["arm"]).transform("max")
+    return df[(n >= SEEDS) | (most < SEEDS)]
+
+
 def seeds(df: pd.DataFrame) -> int:
     """The smallest number of seeds that an arm has at a length."""
     return int(df.groupby(["arm", "steps"])["seed"].nunique().min())
