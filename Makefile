@@ -28,7 +28,7 @@ train: setup
 test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Whole commands, and processes that are killed and go on.
+# Whole commands, programs on many devices, and processes that are killed and go on.
 test-slow: setup
 	$(RUN) -m pytest -n 2 --dist loadfile -m slow
 

@@ -40,6 +40,7 @@ def failed(results) -> list[str]:
     return [check.run.__name__ for check, outcome in results if not outcome.passed]
 
 
+@pytest.mark.slow
 def test_sound_code_passes_all_checks(small):
     results = checks.examine(small, replicate_of(small, "published"))
     assert failed(results) == [] and len(results) == len(checks.CHECKS)

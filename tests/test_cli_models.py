@@ -11,6 +11,8 @@ import pytest
 
 from bitnet_jax import log, presets, program, restore, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cache_folder):
@@ -196,7 +198,6 @@ def test_what_a_workdir_holds_is_as_it_was_saved(
         assert bitnet("generate", folder, "--prompt", "a", "--tokens", "2")[0] == 0
 
 
-@pytest.mark.slow
 def test_triage_and_inspection_of_a_run(trained, bitnet):
     workdir, _ = trained
     status, out, err = bitnet("triage", f"{workdir}@2:1")
@@ -206,7 +207,6 @@ def test_triage_and_inspection_of_a_run(trained, bitnet):
     assert (status, err) == (0, "") and "block_0/attn/q/kernel" in out
 
 
-@pytest.mark.slow
 def test_the_check_fails_for_decay_that_is_coupled_into_adam(trained, bitnet):
     _, cfg = trained
     small = ["--preset", "tiny", *data_of(cfg), "--set=model.n_layers=1"]

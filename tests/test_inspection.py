@@ -42,6 +42,7 @@ def workdir(tiny, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_inspection_of_an_unfinished_run(workdir, monkeypatch):
     folder = workdir
     rows = [{"step": s, "collapse/unique_tokens": n} for s, n in ((0, 1), (5, 2), (10, 1))]

@@ -209,6 +209,7 @@ def decoding_memory(weight_format, n_layers):
     return run.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_weights_stay_packed_while_decoding():
     """More layers need no more temporary memory, so no unpacked copy of them all exists.
 

@@ -80,6 +80,7 @@ def test_flops_are_six_per_weight_and_token_and_those_of_attention():
     assert made.flops == len(made.program.replicates) * products
 
 
+@pytest.mark.slow
 def test_compiled_memory_is_the_compilers():
     """On CPU devices that are there: the same numbers, from the program itself."""
     sets = ["run.recipes=published", "model.n_layers=1"]

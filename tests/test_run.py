@@ -302,6 +302,7 @@ def interrupt_at(monkeypatch, signum, step):
     monkeypatch.setattr(log.Metrics, "write", write_and_kill)
 
 
+@pytest.mark.slow
 def test_interrupted_runs_end_bitwise_the_same(cfg, finished, tmp_path, monkeypatch):
     """Stopped before the first save, then at one; half a row and rows without a state are left."""
     reference, _ = finished
@@ -324,6 +325,7 @@ def test_interrupted_runs_end_bitwise_the_same(cfg, finished, tmp_path, monkeypa
     assert_same(state_at(cfg, workdir, STEPS), state_at(cfg, reference, STEPS))
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_chunk_stops_before_the_page(cfg, finished, tmp_path, monkeypatch):
     reference, summary = finished
     workdir = tmp_path / "run"
@@ -439,6 +441,7 @@ def broken(rep):
     return replace(rep, hyper=rep.hyper.replace(**numbers))
 
 
+@pytest.mark.slow
 def test_a_replicate_that_diverges_freezes_and_the_others_go_on(cfg, finished, tmp_path):
     reference, whole = finished
     coupled, published = replicates_of(cfg)

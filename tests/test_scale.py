@@ -118,6 +118,7 @@ def plain():
 REMAT, SCAN, HALVES = "model.remat=true", "model.scan_layers=true", "data.accumulate=2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "n_devices"),
     [
@@ -161,6 +162,7 @@ def test_a_vocabulary_that_does_not_divide_is_split_along_the_width():
         assert {s.data.shape for s in embedding.addressable_shards} == {(V, 4)}
 
 
+@pytest.mark.slow
 def test_evaluations_in_pieces_and_on_many_devices_give_the_same_numbers(monkeypatch):
     whole = evaluated(config_of())
     assert_close(evaluated(config_of(REMAT, SCAN), 4), whole)

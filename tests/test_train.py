@@ -168,6 +168,7 @@ def alone(build):
     return build(("published",), (0,), devices=1)
 
 
+@pytest.mark.slow
 def test_learns_a_small_text(four):
     lr = hyper_of(
         four.program,
@@ -202,6 +203,7 @@ def assert_runs_close(run, expected):
         np.testing.assert_allclose(*losses, rtol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_replicates_equal_single_runs(one_device, alone):
     """Four at once are the four one by one: vmap adds nothing and replicates do not mix."""
     hyper = hyper_of(one_device.program, **SMOOTH)
