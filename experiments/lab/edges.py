@@ -134,6 +134,11 @@ def share(points: dict[str, tuple[dict, dict]], kind: str) -> float:
     return sum(marks) / len(marks)
 
 
+def constant(points: dict[str, tuple[dict, dict]], edges: dict[str, float]) -> dict:
+    """The same points with one edge of each kind predicted for all of them: a baseline."""
+    return {point: (predicted | edges, was) for point, (predicted, was) in points.items()}
+
+
 def judged(predicted: dict, measured: dict) -> dict[str, list[bool]]:
     """A point's predictions against what was measured, by kind: right or wrong, one by one.
 
@@ -159,8 +164,10 @@ def judged(predicted: dict, measured: dict) -> dict[str, list[bool]]:
     return marks
 
 
-def table(points: dict[str, tuple[dict, dict]]) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines: a line per point, and what is right in all."""
+def table(
+    points: dict[str, tuple[dict, dict]], one_for_all: dict[str, float]
+) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines: a line per point, what is right in all, and what one edge for all gives."""
     kinds, lines = (*EDGES, *KINDS), []
     in_all: dict[str, list[bool]] = {name: [] for name in kinds}
     for point, (predicted, measured) in points.items():
@@ -174,7 +181,17 @@ def table(points: dict[str, tuple[dict, dict]]) -> tuple[list[str], list[list[st
         *(f"{x}: predicted / measured" for x in EDGES),
         *(f"{x}: right" for x in KINDS),
     ]
-    return heads, [*lines, ["right", *(_count(in_all[x]) for x in kinds)]]
+    baseline = [
+        _count(
+            [mark for pair in constant(points, one_for_all).values() for mark in judged(*pair)[x]]
+        )
+        for x in EDGES
+    ]
+    ends = [
+        ["right", *(_count(in_all[x]) for x in kinds)],
+        ["right, the centre's edge for all", *baseline, *("" for _ in KINDS)],
+    ]
+    return heads, lines + ends
 
 
 def _cell(edge: float | None) -> str:
