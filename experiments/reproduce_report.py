@@ -27,8 +27,8 @@ from experiments.lab.exhibits import CORE
 from experiments.lab.experiment import experiment
 from experiments.lab.measures import large_weights
 from experiments.lab.stats import NotEnough, each, interval, of
-from experiments.lab.studies import BOOKS, BOOKS_UNSTRIPPED, FULL, TRACKED
-from experiments.lab.studies import QUICK_TRACKED as QUICK
+from experiments.lab.studies import BOOKS_BEFORE, FULL, TRACKED
+from experiments.lab.studies import QUICK_TRACKED_BEFORE as QUICK_BEFORE
 
 COUPLED = "coupled"
 ARMS = (Arm(COUPLED),)
@@ -124,19 +124,19 @@ CLAIMS = (
         "never",
         "no run is below the loss of word frequencies at any evaluation; each ends 0.4 nats above",
         never_below,
-        *(FULL, BOOKS, BOOKS_UNSTRIPPED, QUICK),
+        *(FULL, BOOKS_BEFORE, QUICK_BEFORE),
     ),
     Claim(
         "stages",
         "as reported, the shortest runs predict less than half as many distinct tokens in stage 2",
         lambda df: bool((ratio(df, "unique_stage2", "unique_stage1") < 0.5).all()),
-        *(FULL, BOOKS, BOOKS_UNSTRIPPED, QUICK),
+        *(FULL, BOOKS_BEFORE, QUICK_BEFORE),
     ),
     Claim(
         "flat",
         "past 30 % of every run predictions are nearly uniform: mean entropy over 90 % of ln V",
         flat,
-        *(FULL, BOOKS, BOOKS_UNSTRIPPED, QUICK),
+        *(FULL, BOOKS_BEFORE, QUICK_BEFORE),
     ),
     Claim(
         "early",
@@ -166,7 +166,7 @@ CLAIMS = (
         "recovery",
         "longer runs: from step 500 to 1000 the count triples, the logits vanish, the loss is ln V",
         count_alone_recovers,
-        BOOKS,
+        BOOKS_BEFORE,
     ),
     Claim(
         "losses",

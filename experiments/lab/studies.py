@@ -72,12 +72,6 @@ class Study:
 
 FULL = Study("full-size books", "report", (*BOOK_FILES, "data.tokenizer=gpt2:gpt2"), BOOKS_TEXT)
 BOOKS = Study("narrow books", "report", (*BOOK_FILES, *NARROW, "model.vocab_size=2048"), BOOKS_TEXT)
-BOOKS_UNSTRIPPED = Study(
-    "narrow books, lines not stripped",
-    "report",
-    (*BOOKS.assignments, "data.stripped_lines=false"),
-    UNSTRIPPED_TEXT,
-)
 QUICK = Study("quick", "quick", (*SMALL, "model.vocab_size=2048"), STDLIB_TEXT)
 QUICK_TRACKED = Study("quick", "quick", (*TRACKED, "model.vocab_size=2048"), STDLIB_TEXT)
 QUICK_B158 = Study("quick", "quick", (*SIZE, "model.vocab_size=2048"), STDLIB_TEXT)
@@ -94,7 +88,7 @@ KJV_STDLIB = Study("beside King James", "quick", HELD_OUT, STDLIB_TEXT)
 STAR_BOOKS = Study("star, books", "quick", STAR_SIZE, FEW_BOOKS_TEXT)
 STAR_PYTHON = Study("star, Python", "quick", STAR_SIZE, STDLIB_TEXT)
 STUDIES = (
-    *(FULL, BOOKS, BOOKS_UNSTRIPPED, QUICK, QUICK_TRACKED, QUICK_B158, FULL_BEFORE, BOOKS_BEFORE),
+    *(FULL, BOOKS, QUICK, QUICK_TRACKED, QUICK_B158, FULL_BEFORE, BOOKS_BEFORE),
     *(QUICK_BEFORE, QUICK_TRACKED_BEFORE),
     *(KJV, KJV_STDLIB, STAR_BOOKS, STAR_PYTHON),
 )
