@@ -20,22 +20,23 @@ def read() -> pd.DataFrame:
 
 def table(df, steps: int) -> tuple[list[str], list[list[str]]]:
     """The table of a length in the documents: heads and lines, arms that have rows of it."""
-    unigram = df["references"].iloc[0]["unigram"]
+    known = df["references"].iloc[0]
+    predictors = ("unigram", "bigram")
     n = {arm: int(((df["arm"] == arm) & (df["steps"] == steps)).sum()) for arm in ARMS}
     arms = [arm for arm in ARMS if n[arm]]
     lines = []
-    for title, column, spec, reported, predictor in (
-        ("distinct predictions, stage 2", "unique_stage2", ".1f", {1000: "3.6"}, "1"),
+    for title, column, spec, reported, of_text in (
+        ("distinct predictions, stage 2", "unique_stage2", ".1f", {1000: "3.6"}, "distinct"),
         ("training loss, last step", "train_loss/final", ".2f", {1000: "9.92", 10_000: "9.74"}, ""),
-        ("held-out loss", LOSS, ".2f", {}, f"{unigram['loss']:.2f}"),
-        ("entropy, last step", ENTROPY, ".2f", {1000: "10.7"}, f"{unigram['entropy']:.2f}"),
+        ("held-out loss", LOSS, ".2f", {}, "loss"),
+        ("entropy, last step", ENTROPY, ".2f", {1000: "10.7"}, "entropy"),
         ("weights above 1.1", "above_1.1/all", ",.0f", {1000: "981,223"}, ""),
     ):
         cells = [mean(df, arm, column, steps).text(spec) for arm in arms]
-        lines.append([title, reported.get(steps, ""), *cells, predictor])
-    named = (f"{arm}, n = {n[arm]}" for arm in arms)
-    heads = [f"after {steps:,} steps", "the report", *named, "unigram predictor"]
-    return heads, lines
+        cells += [f"{known[x][of_text]:{spec}}" if of_text else "" for x in predictors]
+        lines.append([title, reported.get(steps, ""), *cells])
+    named = [f"{arm}, n = {n[arm]}" for arm in arms] + [f"{x} predictor" for x in predictors]
+    return [f"after {steps:,} steps", "the report", *named], lines
 
 
 def picture(df) -> list[charts.Panel]:
