@@ -244,9 +244,9 @@ def test_the_build_fails_when_the_index_tells_what_does_not_hold(
         monkeypatch.setattr(build, name, path)
     monkeypatch.setattr(build, "PAGES", tmp_path)
     panel = charts.Panel([charts.Series("a", [0, 1], [0, 1])], "a", "b")
-    monkeypatch.setattr(headline, "PICTURE", tmp_path / "answer.svg")
+    monkeypatch.setattr(headline, "PICTURES", {20: tmp_path / "answer.svg"})
     monkeypatch.setattr(headline, "read", lambda: None)
-    monkeypatch.setattr(headline, "picture", lambda df: [panel])
+    monkeypatch.setattr(headline, "picture", lambda df, steps: [panel])
     monkeypatch.setattr(headline, "table", lambda df, steps: (["arm"], [[str(steps)]]))
     monkeypatch.setattr(build, "QUESTIONS", ("toy",))
     assert build.main() == status

@@ -48,7 +48,8 @@ def main() -> int:
             print(pages.status_line(name, finding))
             wrong += finding.is_told and finding.status != HOLDS
     df = headline.read()
-    charts.save_figure(headline.PICTURE, headline.picture(df))
+    for steps, path in headline.PICTURES.items():
+        charts.save_figure(path, headline.picture(df, steps))
     for path in (INDEX, README):
         path.write_text(rebuild(path.read_text(), found, df))
     n_told = sum(f.is_told for findings in found.values() for f in findings)

@@ -3,13 +3,13 @@
 import pandas as pd
 
 from bitnet_jax import charts
-from bitnet_jax.metrics import DISTINCT, ENTROPY, LOSS
+from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS
 from experiments.end_collapse import ADAMW, COUPLED, PUBLISHED
 from experiments.lab import rows, studies
-from experiments.lab.stats import mean, of
+from experiments.lab.stats import mean
 
 ARMS = (COUPLED, ADAMW, PUBLISHED)
-PICTURE = rows.FOLDER / "answer.svg"
+PICTURES = {1000: rows.FOLDER / "answer.svg"}  # by steps
 
 
 def read() -> pd.DataFrame:
@@ -39,21 +39,22 @@ def table(df, steps: int) -> tuple[list[str], list[list[str]]]:
     return [f"after {steps:,} steps", "the report", *named], lines
 
 
-def picture(df) -> list[charts.Panel]:
-    """README's picture: distinct predictions and loss of three recipes, a line per seed."""
-    reference, steps = df["references"].iloc[0], int(of(df, COUPLED)["steps"].iloc[0])
-    series = {
-        key: [
+def picture(df, steps: int) -> list[charts.Panel]:
+    """Three recipes' distinct predictions, spread of the logits and loss, a line per seed."""
+    known, there = df["references"].iloc[0], df[df["steps"] == steps]
+    text = (("text", known["targets"]["distinct"]),)
+    losses = tuple((name, known[name]["loss"]) for name in ("uniform", "unigram", "bigram"))
+    panels = []
+    for key, title, unit, references in (
+        (DISTINCT, f"Distinct predictions of {known['tracked_positions']}", "tokens", text),
+        (LOGIT_STD, "Spread of the logits", "standard deviation", ()),
+        (LOSS, "Held-out loss", "nats per token", losses),
+    ):
+        series = [
             charts.Series(arm, curve["step"], curve[key])
             for arm in ARMS
-            for curve in of(df, arm, steps)["curve"]
+            for curve in there[there["arm"] == arm]["curve"]
         ]
-        for key in (DISTINCT, LOSS)
-    }
-    text = (("text", reference["targets"]["distinct"]),)
-    losses = tuple((name, reference[name]["loss"]) for name in ("uniform", "unigram", "bigram"))
-    title = f"Distinct predictions of {reference['tracked_positions']}"
-    return [
-        charts.Panel(series[DISTINCT], title, "tokens", steps // 2, text),
-        charts.Panel(series[LOSS], "Held-out loss", "nats per token", steps // 2, losses),
-    ]
+        is_log = key == LOGIT_STD
+        panels.append(charts.Panel(series, title, unit, steps // 2, references, is_log))
+    return panels
