@@ -95,8 +95,6 @@ PROSPECTS = {
 }
 POINTS = STAR | PROSPECTS
 SEEN = ("centre", "V 512", "clip 0.1", "32 tokens", "512 tokens at 512")
-# What was measured at the centre: beside a prediction, what one number for all points is worth.
-CENTRE = {"onset": 0.01361, "outcome": 0.01778, "blind": 0.04306}
 BEFOREHAND = {name: point for name, point in POINTS.items() if name not in SEEN}
 
 
@@ -159,45 +157,31 @@ def points(df, among) -> dict[str, tuple[dict, dict]]:
     return edges.points(df, among, log.read_json(PREDICTED))
 
 
-def right_share(kind: str, least: float):
-    """A test: of a kind's predictions that were made beforehand, at least a share is right."""
-    return lambda df: edges.share(points(df, BEFOREHAND), kind) >= least
+def right(kind: str, least: float, text: str, *told_of) -> Claim:
+    """A claim: of a kind's predictions that were made beforehand, at least a share is right."""
 
+    def test(df) -> bool:
+        return edges.share(points(df, BEFOREHAND), kind) >= least
 
-def gains_at_the_onset_alone(df) -> bool:
-    """Whether the centre's edges are right less often: by a third at onset, under a tenth after."""
-    pairs = points(df, BEFOREHAND)
-    one = edges.constant(pairs, CENTRE)
-    onset, outcome = (edges.share(pairs, x) - edges.share(one, x) for x in ("onset", "outcome"))
-    return onset > 1 / 3 and outcome < 0.1
+    return Claim(kind, f"predicted beforehand{text}", test, *told_of)
 
 
 BOTH = (STAR_BOOKS, STAR_PYTHON)
 CLAIMS = (
-    Claim(
-        "onset",
-        "predicted beforehand, nothing fitted: nine of ten onset edges, within a factor of 2",
-        *(right_share("onset", 0.9), *BOTH),
-    ),
-    Claim(
-        "step",
-        "predicted beforehand, nothing fitted: the step of half the logit spread, within 10 %",
-        *(right_share("half_step", 1.0), *BOTH),
-    ),
-    Claim(
-        "verdict",
-        "predicted beforehand: four of five verdicts, or more, away from the predicted edge",
-        *(right_share("verdict", 0.8), *BOTH),
-    ),
-    Claim(
+    right("onset", 0.9, ", nothing fitted: nine of ten onset edges, within a factor of 2", *BOTH),
+    right("half_step", 1.0, ", nothing fitted: the step of half the logit spread, to 10 %", *BOTH),
+    right("verdict", 0.8, ": four of five verdicts, or more, away from the predicted edge", *BOTH),
+    right(
         "outcome",
-        "predicted beforehand, nothing fitted: two of three outcome edges, within a factor of 2",
-        *(right_share("outcome", 2 / 3), STAR_BOOKS),
+        2 / 3,
+        ", nothing fitted: two of three outcome edges, within a factor of 2",
+        STAR_BOOKS,
     ),
     Claim(
         "constant",
         "one measured edge for all points: far fewer onset edges right, hardly fewer outcome edges",
-        *(gains_at_the_onset_alone, *BOTH),
+        lambda df: edges.gains_at_onset_alone(points(df, BEFOREHAND)),
+        *BOTH,
     ),
 )
 
@@ -205,7 +189,7 @@ CLAIMS = (
 def show(df, exhibits) -> None:
     for title, among in (("Star", STAR), ("Prospective test", PROSPECTS)):
         if pairs := points(df, among):
-            exhibits.grid(title, *edges.table(pairs, CENTRE))
+            exhibits.grid(title, *edges.table(pairs))
 
 
 if __name__ == "__main__":

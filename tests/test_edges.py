@@ -63,11 +63,11 @@ def test_a_point_is_judged_kind_by_kind():
     assert marks["onset"] == [True] and marks["outcome"] == [False] and marks["blind"] == [False]
     assert marks["half_step"] == [True] and marks["loss"] == [False]
     assert marks["verdict"] == [True, False]
-    heads, lines = edges.table({"here": (TOLD, FOUND)}, {"onset": 0.1, "outcome": 0.03})
+    heads, lines = edges.table({"here": (TOLD, FOUND)})
     assert {len(line) for line in lines} == {len(heads)}
     assert [line[1:4] for line in lines[-2:]] == [
         ["1 of 1", "0 of 1", "0 of 1"],  # predicted
-        ["0 of 1", "1 of 1", "0 of 1"],  # one edge for all
+        ["1 of 1", "1 of 1", "0 of 1"],  # the centre's for all
     ]
 
 
@@ -81,7 +81,7 @@ def test_every_point_has_arms_and_the_names_say_point_and_decay():
 def test_the_committed_rows_give_the_edges_of_their_points():
     df = rows.frame(rows.read("critical_decay"))
     found = edges.measure(df, "centre")
-    assert {name: found[name] for name in edges.EDGES} == study.CENTRE
+    assert {name: found[name] for name in edges.EDGES} == edges.CENTRE
     assert found["onset"] < found["blind"] and found["outcome"] < found["blind"]
     losses = [at["loss"] for at in found["decays"].values()]
     assert losses == sorted(losses) and metrics.HELD_OUT_LOSS in df
