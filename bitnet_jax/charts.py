@@ -209,7 +209,6 @@ def _style(series, all_series):
 def _draw_lines(ax, panel):
     if panel.log_y:
         ax.set_yscale("log", nonpositive="mask")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         ax.yaxis.set_minor_locator(LogLocator(subs=(), numticks=2))
     else:
@@ -225,6 +224,9 @@ def _draw_lines(ax, panel):
         ax.axhline(value, color=MUTED, lw=0.9, dashes=(3, 2), zorder=2)
     scale = ax.yaxis.get_transform()
     low, high = scale.transform(np.array(ax.get_ylim()))
+    if panel.log_y:  # many powers of 10 leave no room for what lies between
+        subs, most = ((1.0, 2.0, 5.0), 20) if high - low < 3 else ((1.0,), 6)
+        ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=most))
     ax.set_ylim(top=scale.inverted().transform(high + 0.07 * (high - low)))  # room for "stage 2"
     _label_references(ax, panel.references)
     _step_axis(ax, last, panel.boundary, panel.xlabel)

@@ -125,3 +125,10 @@ def test_the_phase_portrait_has_the_loss_across_and_the_entropy_upwards(drawn):
             for x in ax.lines if x.get_marker() == "o"]  # fmt: skip
     assert ends == [(8.0, 8.0), (5.0, 4.0)]
     assert "loss" in ax.get_xlabel() and "entropy" in ax.get_title(loc="right")
+
+
+@pytest.mark.parametrize(("least", "ticks"), [(0.05, {"0.1", "0.2", "0.5"}), (1e-8, {"0.01"})])
+def test_a_logarithmic_axis_has_no_more_ticks_than_it_has_room_for(least, ticks):
+    panel = charts.Panel([charts.Series("a", [0, 1], [1.0, least])], "Spread", "", log_y=True)
+    there = words(charts.panels_svg([panel]))
+    assert ticks <= there and len(there) < 16

@@ -9,7 +9,7 @@ from experiments.lab import rows, studies
 from experiments.lab.stats import mean
 
 ARMS = (COUPLED, ADAMW, PUBLISHED)
-PICTURES = {1000: rows.FOLDER / "answer.svg"}  # by steps
+PICTURES = {1000: rows.FOLDER / "answer.svg", 10_000: rows.FOLDER / "answer-longer.svg"}  # steps
 
 
 def read() -> pd.DataFrame:
