@@ -27,8 +27,7 @@ from experiments.lab.arms import Arm, times_width
 from experiments.lab.claims import Claim
 from experiments.lab.experiment import experiment
 from experiments.lab.stats import cured, difference, ended
-from experiments.lab.studies import QUICK_BEFORE as QUICK
-from experiments.lab.studies import SMALL
+from experiments.lab.studies import QUICK, SMALL
 from experiments.regularisers import regularised_loss
 
 

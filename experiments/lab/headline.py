@@ -1,14 +1,14 @@
-"""The answer's tables and picture: the coupled recipe, AdamW for Adam, the published recipe."""
+"""The answer's tables and pictures: the coupled recipe, less decay, AdamW, the published one."""
 
 import pandas as pd
 
 from bitnet_jax import charts
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS
-from experiments.end_collapse import ADAMW, COUPLED, PUBLISHED
+from experiments.end_collapse import ADAMW, COUPLED, LESS, PUBLISHED
 from experiments.lab import rows, studies
 from experiments.lab.stats import mean
 
-ARMS = (COUPLED, ADAMW, PUBLISHED)
+ARMS = (COUPLED, LESS, ADAMW, PUBLISHED)
 PICTURES = {1000: rows.FOLDER / "answer.svg", 10_000: rows.FOLDER / "answer-longer.svg"}  # steps
 
 
@@ -40,7 +40,7 @@ def table(df, steps: int) -> tuple[list[str], list[list[str]]]:
 
 
 def picture(df, steps: int) -> list[charts.Panel]:
-    """Three recipes' distinct predictions, spread of the logits and loss, a line per seed."""
+    """The recipes' distinct predictions, spread of the logits and loss, a line per seed."""
     known, there = df["references"].iloc[0], df[df["steps"] == steps]
     text = (("text", known["targets"]["distinct"]),)
     losses = tuple((name, known[name]["loss"]) for name in ("uniform", "unigram", "bigram"))
