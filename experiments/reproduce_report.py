@@ -5,7 +5,7 @@ batch) at 1000, 10,000 and 20,000 steps. Beside its Section 5 and its milestones
 ledger of its numeric claims, each recomputed (`lab/ledger.py`). `--preset quick`, a smaller model
 on shuffled text at 200, 2000 and 4000 steps, can agree with the pattern, not with the numbers.
 
-    python -m experiments.reproduce_report             # 20 min on 1 core
+    python -m experiments.reproduce_report
     python -m experiments.reproduce_report --preset report --seeds 0-4 \
         --set data.corpus=text:books.train.txt.xz --set data.validation=text:books.validation.txt.xz
 

@@ -129,9 +129,15 @@ def points(df: pd.DataFrame, among, predicted: dict) -> dict[str, tuple[dict, di
     return {p: (predicted[p], measure(df, p)) for p in among if p in have and p in predicted}
 
 
+def all_judged(points: dict[str, tuple[dict, dict]]) -> dict[str, list[bool]]:
+    """`judged` of all points together."""
+    found = [judged(*pair) for pair in points.values()]
+    return {kind: [mark for marks in found for mark in marks[kind]] for kind in (*EDGES, *KINDS)}
+
+
 def share(points: dict[str, tuple[dict, dict]], kind: str) -> float:
     """Share of a kind's predictions that are right; raises NotEnough for fewer than 3 cases."""
-    marks = [mark for pair in points.values() for mark in judged(*pair)[kind]]
+    marks = all_judged(points)[kind]
     if len(marks) < 3:
         raise stats.NotEnough(f"{len(marks)} cases")
     return sum(marks) / len(marks)
@@ -176,12 +182,9 @@ def judged(predicted: dict, measured: dict) -> dict[str, list[bool]]:
 
 def table(points: dict[str, tuple[dict, dict]]) -> tuple[list[str], list[list[str]]]:
     """Heads and lines: a line per point, what is right in all, and what the baseline gives."""
-    kinds, lines = (*EDGES, *KINDS), []
-    in_all: dict[str, list[bool]] = {name: [] for name in kinds}
+    lines = []
     for point, (predicted, measured) in points.items():
         marks = judged(predicted, measured)
-        for name in kinds:
-            in_all[name] += marks[name]
         shown = [f"{_cell(predicted[x])} / {_cell(measured[x])}{_mark(marks[x])}" for x in EDGES]
         lines.append([point, *shown, *(_count(marks[x]) for x in KINDS)])
     heads = [
@@ -189,11 +192,14 @@ def table(points: dict[str, tuple[dict, dict]]) -> tuple[list[str], list[list[st
         *(f"{x}: predicted / measured" for x in EDGES),
         *(f"{x}: right" for x in KINDS),
     ]
-    one = centre_for_all(points).values()
-    baseline = [_count([mark for pair in one for mark in judged(*pair)[x]]) for x in EDGES]
+    right, baseline = all_judged(points), all_judged(centre_for_all(points))
     ends = [
-        ["right", *(_count(in_all[x]) for x in kinds)],
-        ["right, the centre's edge for all", *baseline, *("" for _ in KINDS)],
+        ["right", *map(_count, right.values())],
+        [
+            "right, the centre's edge for all",
+            *(_count(baseline[x]) for x in EDGES),
+            *[""] * len(KINDS),
+        ],
     ]
     return heads, lines + ends
 
