@@ -18,7 +18,7 @@ from bitnet_jax.fields import UserError, check_known
 GRID = tuple(10 ** (k / 2) for k in range(-10, 2))  # decays whose fate the mean field tells
 HALF = 0.5  # of the first logit spread, and of the seeds
 FIT_TOKENS = 1 << 22  # of which pairs are counted
-SHORT = 0.3  # nats above the unigram's loss that a run without decay keeps when it is too short
+MARGIN = 0.3  # nats above the unigram's loss: what the mean field does not reach, or decay costs
 WITHIN = 2.0  # the factor within which an edge is predicted
 # Measured over predicted edges of experiments/critical_decay.py: V 300 to 8192, width 32 to 128,
 # 32 to 512 tokens a batch, 400 to 2000 updates, English books and Python. Onset: 0.49 at 2000.
@@ -138,14 +138,18 @@ class Forecast:
     undecayed: float  # the loss without any decay
 
     @property
-    def short(self) -> bool:
-        """Whether the run is too short to learn word frequencies even without decay."""
-        return self.undecayed - self.unigram > SHORT
+    def unlearned(self) -> bool:
+        """Whether the mean field does not learn word frequencies even without decay.
+
+        The run is short, or its batches have few of many tokens: of 128 tokens of 50,257 the mean
+        field's rows keep too much noise, where models of that size have learned.
+        """
+        return self.undecayed - self.unigram > MARGIN
 
     @property
     def costs(self) -> bool:
-        """Whether the decay makes a run that is too short clearly worse, too."""
-        return self.loss - self.undecayed > SHORT
+        """Whether the decay clearly raises the mean field's loss."""
+        return self.loss - self.undecayed > MARGIN
 
 
 def frequencies(tokens_N, vocab_size: int) -> tuple[np.ndarray, float]:
@@ -221,16 +225,17 @@ def least_spread(path: shrink.Path, steps: int) -> np.ndarray:
     return (path.spread / path.spread[0])[path.step <= max(steps // 2, 1)].min(0)
 
 
-COLLAPSE, EDGE, NO_COLLAPSE, TOO_SHORT = "collapse", "edge", "no collapse by decay", "too short"
+COLLAPSE, EDGE, NO_COLLAPSE = "collapse", "edge", "no collapse by decay"
+CANNOT_TELL = "cannot tell"
 
 
 def expected(outlook: Forecast) -> str:
-    """`collapse`, `edge` (within the error of the outcome edge), `no collapse by decay`, or `too
-    short` for a run that learns nothing even without decay."""
+    """`collapse`, `edge` (within the error of the outcome edge), `no collapse by decay`, or `cannot
+    tell` where the mean field learns nothing even without decay."""
     if not outlook.decay or outlook.outcome is None or outlook.decay < outlook.outcome / WITHIN:
-        return TOO_SHORT if outlook.short else NO_COLLAPSE
-    if outlook.short and not outlook.costs:
-        return TOO_SHORT
+        return CANNOT_TELL if outlook.unlearned else NO_COLLAPSE
+    if outlook.unlearned and not outlook.costs:
+        return CANNOT_TELL
     return COLLAPSE if outlook.decay > outlook.outcome * WITHIN else EDGE
 
 
@@ -246,6 +251,11 @@ def lines(outlook: Forecast) -> list[str]:
         f"  decay inside Adam here: {outlook.decay:g}, {_place(outlook)}",
         f"  expected: {expected(outlook)}",
     ]
+    if expected(outlook) == CANNOT_TELL:
+        shown.append(
+            f"  (without decay the mean field ends at {outlook.undecayed:.2f}, above word "
+            f"frequencies, {outlook.unigram:.2f})"
+        )
     if outlook.half_step is not None and outlook.decay:
         shown.append(f"  half of the first logit spread at step {outlook.half_step:.0f}")
     if outlook.blind is not None and outlook.decay > outlook.blind / WITHIN:
