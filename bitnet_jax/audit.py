@@ -40,13 +40,13 @@ def codes(s: Subject) -> dict:
     of zeros, over all and in the matrix with the most."""
     leaves = [np.asarray(x) for x in jax.tree.leaves(s.params)]
     bad = sum(int((~np.isfinite(x)).sum()) for x in leaves if x.dtype.kind == "f")
-    found = {"nonfinite": bad / sum(x.size for x in leaves)}
+    measured = {"nonfinite": bad / sum(x.size for x in leaves)}
     if bad:
-        return found
+        return measured
     by_path = codes_by_path(s.params).values()
     zeros = [float((q == 0).mean()) for q in by_path]
     one_code = np.array([q.min() == q.max() for q in by_path])
-    return found | {
+    return measured | {
         "dead_matrices": float(np.mean(one_code | (np.array(zeros) > DEAD_ZEROS))),
         "zero_rate": float(np.average(zeros, weights=[q.size for q in by_path])),
         "zero_rate_most": max(zeros),
@@ -71,10 +71,10 @@ def predictions(s: Subject) -> dict:
         parts.append(jax.device_get(_stats(*fixed(s.program), *args)))
     sums = jax.tree.map(lambda *x: np.sum(x, axis=0), *parts)
     numbers = collapse.finalize(sums, sums, evals.unigram_V) | collapse.finalize_large(sums)
-    found = {key.partition("/")[2]: float(x[0]) for key, x in numbers.items()}
+    measured = {key.partition("/")[2]: float(x[0]) for key, x in numbers.items()}
     vocab = s.program.cfg.model.vocab_size
-    unigram = found["loss"] - found["minus_unigram"]
-    return found | {"unigram_loss": unigram, "uniform_loss": float(np.log(vocab))}
+    unigram = measured["loss"] - measured["minus_unigram"]
+    return measured | {"unigram_loss": unigram, "uniform_loss": float(np.log(vocab))}
 
 
 @jax.jit
@@ -141,10 +141,10 @@ def straight_through(s: Subject) -> dict:
 def quantiser_gradients(quantize_weight: Callable) -> dict:
     """The numbers of `straight_through`."""
     w, c = jax.random.normal(jax.random.key(0), (2, 16, 8))
-    one = jnp.ones(())
+    full_strength = jnp.ones(())
     quantisers = {
-        "ste_weight": lambda x: quantize_weight(x, one, jnp.float32),
-        "ste_activation": lambda x: quant.quantize_activation(x, one),
+        "ste_weight": lambda x: quantize_weight(x, full_strength, jnp.float32),
+        "ste_activation": lambda x: quant.quantize_activation(x, full_strength),
     }
 
     def gradient(q):
@@ -201,8 +201,8 @@ class Test:
 
 
 def _groups(m: dict, key: str, spec: str) -> str:
-    found = {k.removeprefix(f"{key}_"): x for k, x in m.items() if k.startswith(f"{key}_")}
-    return ", ".join(f"{group} {x:{spec}}" for group, x in found.items())
+    by_group = {k.removeprefix(f"{key}_"): x for k, x in m.items() if k.startswith(f"{key}_")}
+    return ", ".join(f"{group} {x:{spec}}" for group, x in by_group.items())
 
 
 TESTS = (
@@ -354,7 +354,7 @@ def examine(source: str, text: str | None = None) -> dict:
     return about | {"step": subject.step, "measured": measured, "left_out": left_out}
 
 
-def lines(measured: dict, left_out: dict[str, str]) -> list[str]:
+def terminal_lines(measured: dict, left_out: dict[str, str]) -> list[str]:
     """One line per test, then one that names those left out."""
     width = max(len(test.name) for test in TESTS)
     if measured["nonfinite"]:

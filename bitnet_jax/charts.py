@@ -77,8 +77,8 @@ def phase_portrait(series, curve=None, *, title="Entropy against loss") -> str:
     On the diagonal a predictor is calibrated, since dCE/d ln(scale of the logits) = CE - entropy.
     """
     fig, (ax,) = _figure(1, (3.9, 2.7), "none")
-    lines = [(s, *_points(s)) for s in series]
-    values = np.concatenate([np.concatenate(points) for _, *points in lines])
+    paths = [(s, *_points(s)) for s in series]
+    values = np.concatenate([np.concatenate(points) for _, *points in paths])
     if curve:
         scale, x, y = (np.array(curve[k], float) for k in ("scale", "loss", "entropy"))
         shown = scale <= 1.0
@@ -100,7 +100,7 @@ def phase_portrait(series, curve=None, *, title="Entropy against loss") -> str:
             fontsize=8, color=MUTED)  # fmt: skip
     ax.text(0.03, 0.95, "above: under-confident", transform=ax.transAxes, va="top", fontsize=8,
             color=MUTED)  # fmt: skip
-    for s, x, y in lines:
+    for s, x, y in paths:
         style = _style(s, series)
         ax.plot(x, y, zorder=3, **style)
         finite = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
@@ -291,8 +291,8 @@ def _decorate(ax, handles, title, ylabel):
 def _svg(fig, title):
     """Render as a bare <svg> element: text stays text, and ids are unique to the drawing."""
     legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in fig.axes]
-    lines = max(_legend_shape(labels)[1] for labels in legends)
-    more = LEGEND_LINE / 72 * max(0, lines - 1) * fig.axes[0].get_gridspec().nrows
+    legend_lines = max(_legend_shape(labels)[1] for labels in legends)
+    more = LEGEND_LINE / 72 * max(0, legend_lines - 1) * fig.axes[0].get_gridspec().nrows
     fig.set_figheight(fig.get_figheight() + more)
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):

@@ -194,7 +194,7 @@ def _files(folder: epath.Path, part: str) -> list[str]:
 
     One folder after another: `epath`'s own walk loses gs:// on the way.
     """
-    found, left = [], [part]
+    names, left = [], [part]
     while left:
         inside = left.pop()
         for path in (folder / inside if inside else folder).iterdir():
@@ -202,8 +202,8 @@ def _files(folder: epath.Path, part: str) -> list[str]:
             if path.is_dir():
                 left.append(name)
             elif path.name not in ("", MANIFEST):
-                found.append(name)
-    return sorted(found)
+                names.append(name)
+    return sorted(names)
 
 
 @contextlib.contextmanager
@@ -218,14 +218,14 @@ def _reading(workdir: Path, step: int, part: str = ""):
     folder = place(workdir) / str(step)
     remedy = "remove this folder to go on from an earlier step"
     try:
-        written, found = json.loads((folder / MANIFEST).read_text()), _checksums(folder, part)
+        written, checksums = json.loads((folder / MANIFEST).read_text()), _checksums(folder, part)
         if not isinstance(written, dict):
             raise ValueError(f"not an object but {type(written).__name__}")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: damaged checkpoint: {MANIFEST}; {remedy}") from error
     written = {name: crc32 for name, crc32 in written.items() if name.startswith(part)}
-    for name in sorted(written | found):
-        if written.get(name) != found.get(name):
+    for name in sorted(written | checksums):
+        if written.get(name) != checksums.get(name):
             raise UserError(f"{folder}: damaged checkpoint: {name} is not as written; {remedy}")
     yield folder
 

@@ -123,9 +123,9 @@ def codes_in_range(c: Checked) -> Outcome:
 
 def straight_through(c: Checked) -> Outcome:
     """Gradient of sum(c Q(w)) against c, elementwise, under jit and scan."""
-    found = audit.straight_through(c.subject)
-    measured = ", ".join(f"{key.removeprefix('ste_')} {x:.2g}" for key, x in found.items())
-    return Outcome(f"off by {measured}", "0", max(found.values()) == 0)
+    deviations = audit.straight_through(c.subject)
+    measured = ", ".join(f"{key.removeprefix('ste_')} {x:.2g}" for key, x in deviations.items())
+    return Outcome(f"off by {measured}", "0", max(deviations.values()) == 0)
 
 
 def weights_alive(c: Checked) -> Outcome:
@@ -143,8 +143,8 @@ def configuration(c: Checked) -> Outcome:
     block = 2 * d * d + 2 * d * kv + 3 * d * f + norms
     vocab = m.vocab_size
     wanted = m.n_layers * block + d + vocab * d * (2 - m.tied_embedding) + vocab * m.output_bias
-    found = sum(x.size for x in jax.tree.leaves(c.params))
-    return Outcome(f"{found:,}", f"{wanted:,}", found == wanted)
+    n_params = sum(x.size for x in jax.tree.leaves(c.params))
+    return Outcome(f"{n_params:,}", f"{wanted:,}", n_params == wanted)
 
 
 def causal(c: Checked) -> Outcome:
@@ -159,10 +159,10 @@ def causal(c: Checked) -> Outcome:
 
 def initial_loss(c: Checked) -> Outcome:
     """Gaussian logits of standard deviation s, independent of the text, cost ln V + s^2 / 2."""
-    found = audit.predictions(c.subject)
-    wanted = found["uniform_loss"] + found["logit_std"] ** 2 / 2
-    close = abs(found["loss"] - wanted) < INIT_LOSS
-    return Outcome(f"{found['loss']:.3f}", f"{wanted:.3f} = ln V + s^2/2", close)
+    measured = audit.predictions(c.subject)
+    wanted = measured["uniform_loss"] + measured["logit_std"] ** 2 / 2
+    close = abs(measured["loss"] - wanted) < INIT_LOSS
+    return Outcome(f"{measured['loss']:.3f}", f"{wanted:.3f} = ln V + s^2/2", close)
 
 
 def head_gain(c: Checked) -> Outcome:
@@ -185,9 +185,9 @@ def scored_targets(c: Checked) -> Outcome:
 
 def targets(c: Checked) -> Outcome:
     """The loss that training minimises, against one computed here from x[t + 1]."""
-    found = updates.labels(c.subject)
-    measured = f"x[t + {found['offset']}], loss off by {found['loss_error']:.2g}"
-    return Outcome(measured, "x[t + 1]", found["offset"] == 1 and found["loss_error"] < LOSS)
+    labels = updates.labels(c.subject)
+    measured = f"x[t + {labels['offset']}], loss off by {labels['loss_error']:.2g}"
+    return Outcome(measured, "x[t + 1]", labels["offset"] == 1 and labels["loss_error"] < LOSS)
 
 
 def decay(c: Checked) -> Outcome:
@@ -195,16 +195,16 @@ def decay(c: Checked) -> Outcome:
 
     A deviation fails where decay has a part in the updates of the ternary matrices.
     """
-    found = updates.decay(c.subject)
-    groups = signatures.by_group(found, "decay_factor")
-    ratios = {g: x / found[f"decay_expected_{g}"] for g, x in groups.items()}
+    factors = updates.decay(c.subject)
+    groups = signatures.by_group(factors, "decay_factor")
+    ratios = {g: x / factors[f"decay_expected_{g}"] for g, x in groups.items()}
     group = max(ratios, key=lambda g: abs(ratios[g] - 1))
-    expected = f"{found[f'decay_expected_{group}']:.4f} = prod(1 - lr decay)"
+    expected = f"{factors[f'decay_expected_{group}']:.4f} = prod(1 - lr decay)"
     measured = f"{groups[group]:.4f} ({group})"
     if abs(ratios[group] - 1) < DECAY:
         return Outcome(measured, expected, True)
     share = updates.updates(c.subject)["decay_share_matrix"]
-    what = "scaled" if found[f"decay_unscaled_{group}"] > DECAY else "decoupled"
+    what = "scaled" if factors[f"decay_unscaled_{group}"] > DECAY else "decoupled"
     measured += f": not {what}, {share:.0%} of the updates of matrices"
     return Outcome(measured, expected, share < signatures.DECAY_SHARE)
 
@@ -262,7 +262,7 @@ def outcomes(s: subject.Subject) -> list[tuple[Check, Outcome]]:
         return [(check, check.run(checked)) for check in applicable]
 
 
-def lines(results: list[tuple[Check, Outcome]]) -> list[str]:
+def terminal_lines(results: list[tuple[Check, Outcome]]) -> list[str]:
     """One line per check, failed ones marked, then `all passed` or `failed: NAMES`."""
     width = max(len(check.name) for check, _ in results)
     shown = []

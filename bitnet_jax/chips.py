@@ -88,21 +88,21 @@ def devices_of(topology: Topology) -> list:
     from jax.experimental import topologies
 
     os.environ |= TPU_ENVIRONMENT
-    one = {"chips_per_host_bounds": [1, 1, 1]} if topology.size == 1 else {}
+    host_bounds = {"chips_per_host_bounds": [1, 1, 1]} if topology.size == 1 else {}
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.text, **one
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.text, **host_bounds
         ).devices
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" not in str(error):
             raise
         raise Busy("another process uses libtpu: wait for it, or add --estimate") from error
-    return list(found)
+    return list(devices)
 
 
 def larger(topology: Topology) -> list[Topology]:
     """Topologies of the same chip with more devices, smallest first."""
     kind, doubled = topology.text.partition(":")[0], [topology.size << n for n in range(1, 13)]
     shapes = topology.chip.shapes or [n for n in doubled if n <= MOST_DEVICES]
-    found = [parse_topology(f"{kind}:{shape}") for shape in shapes]
-    return [replace(t, chip=topology.chip) for t in found if t.size > topology.size]
+    candidates = [parse_topology(f"{kind}:{shape}") for shape in shapes]
+    return [replace(t, chip=topology.chip) for t in candidates if t.size > topology.size]

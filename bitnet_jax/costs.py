@@ -91,9 +91,9 @@ def traffic(hlo: str) -> dict[str, Traffic]:
     types, computations, entry = parse_hlo(hlo)
     devices = re.search(r"num_partitions=(\d+)", hlo)
     times = executions(computations, entry)
-    found: dict[tuple, tuple[str, Traffic]] = {}
-    for name, lines in computations.items():
-        for instruction, line in lines.items():
+    collectives: dict[tuple, tuple[str, Traffic]] = {}
+    for name, instructions in computations.items():
+        for instruction, line in instructions.items():
             if instruction == ROOT or not (call := CALL.search(line)):
                 continue
             kind, operands = call[1], re.findall(r"%?([\w.-]+)(?:,|$)", call[2])
@@ -103,10 +103,10 @@ def traffic(hlo: str) -> dict[str, Traffic]:
             channel = re.search(r"channel_id=(\d+)", line)
             key = (kind, channel[1]) if channel else (kind, name, instruction)
             new = collective(kind, whole, n, times[name])
-            if n > 1 and (key not in found or found[key][1].bytes < new.bytes):
-                found[key] = kind, new
+            if n > 1 and (key not in collectives or collectives[key][1].bytes < new.bytes):
+                collectives[key] = kind, new
     totals: dict[str, Traffic] = defaultdict(lambda: Traffic(0, 0, 0))
-    for kind, cost in found.values():
+    for kind, cost in collectives.values():
         totals[kind] += cost
     return dict(totals)
 
@@ -121,8 +121,8 @@ def parse_hlo(hlo: str) -> tuple[dict, dict, str]:
             current = head[2]
             computations[current] = {}
             entry = current if head[1] else entry
-        elif current and (found := INSTRUCTION.match(line)):
-            root, name, text = found.groups()
+        elif current and (instruction := INSTRUCTION.match(line)):
+            root, name, text = instruction.groups()
             types[name] = re.split(r" [a-z][\w-]*\(", text, maxsplit=1)[0]
             computations[current][name] = " " + text
             if root:
@@ -136,8 +136,8 @@ def executions(computations: dict, entry: str) -> dict[str, float]:
 
     def visit(name, n):
         times[name] += n
-        lines = computations.get(name, {})
-        for line in (line for key, line in lines.items() if key != ROOT):
+        instructions = computations.get(name, {})
+        for line in (line for key, line in instructions.items() if key != ROOT):
             turns = _turns(line, computations)
             for references in REFERENCES.finditer(line):
                 for called in re.findall(r"%([\w.-]+)", references[1]):
@@ -157,7 +157,7 @@ def _turns(line: str, computations: dict) -> int:
     if not (loop := LOOP.search(line)):
         return 1
     test, body = computations[loop[1]], computations[loop[2]]
-    places = {name: int(found[1]) for name, text in test.items() if (found := ITEM.search(text))}
+    places = {name: int(item[1]) for name, text in test.items() if (item := ITEM.search(text))}
     compared = re.search(r" compare\(%([\w.-]+), %([\w.-]+)\).*direction=LT", test.get(ROOT, ""))
     end = _constant(test, compared[2]) if compared else None
     if end is None or compared[1] not in places:
@@ -169,9 +169,9 @@ def _turns(line: str, computations: dict) -> int:
     return -(-end // (_constant(body, added[1]) or 1 if added else 1))
 
 
-def _constant(lines: dict, name: str) -> int | None:
-    found = re.search(r" constant\((\d+)\)", lines.get(name, ""))
-    return int(found[1]) if found else None
+def _constant(instructions: dict, name: str) -> int | None:
+    constant = re.search(r" constant\((\d+)\)", instructions.get(name, ""))
+    return int(constant[1]) if constant else None
 
 
 def _group_size(line: str, n_devices: int) -> int:

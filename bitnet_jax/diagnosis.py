@@ -146,7 +146,9 @@ def _unknown(history: History, verdict: Verdict) -> dict[str, str]:
     return {role: more[role] for role in ROLES if role in more}
 
 
-def lines(history: History, diagnosis: Diagnosis, references: dict, prediction=()) -> list[str]:
+def terminal_lines(
+    history: History, diagnosis: Diagnosis, references: dict, prediction=()
+) -> list[str]:
     """What a terminal shows: what was read, the verdict, lines of `elsewhere.prediction`, and what
     would say more."""
     log, verdict = history.log, diagnosis.verdict

@@ -193,8 +193,8 @@ def prediction(
     if missing:
         return [f"{TITLE}: add {', '.join(missing)}; or {command(values)}"]
     setting, decay = setting_of(values, *text(), points)
-    told = forecast.lines(forecast.forecast(setting, decay))
-    return [f"{TITLE} (as bitnet predict says it):", *told]
+    forecast_lines = forecast.terminal_lines(forecast.forecast(setting, decay))
+    return [f"{TITLE} (as bitnet predict says it):", *forecast_lines]
 
 
 def command(values: dict) -> str:

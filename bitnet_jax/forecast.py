@@ -242,7 +242,7 @@ def expected(outlook: Forecast) -> str:
 EDGES = ("onset", "outcome", "blind")
 
 
-def lines(outlook: Forecast) -> list[str]:
+def terminal_lines(outlook: Forecast) -> list[str]:
     """What a terminal shows of a forecast."""
     edges = ", ".join(f"{name} {_decay(getattr(outlook, name))}" for name in EDGES)
     shown = [

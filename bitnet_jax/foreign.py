@@ -229,9 +229,9 @@ def _scalar(value) -> float | None:
 
 def _arguments(values: Iterable) -> dict:
     """Settings that transformers' Trainer wrote down; an older version wrote them in Markdown."""
-    found = {}
+    settings = {}
     for value in values:
         if value.tag in SETTINGS and value.tensor.string_val:
             with contextlib.suppress(ValueError):
-                found |= json.loads(value.tensor.string_val[0])
-    return found
+                settings |= json.loads(value.tensor.string_val[0])
+    return settings

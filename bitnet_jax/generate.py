@@ -80,7 +80,7 @@ def begin(cfg: Config, params, hyper, prompts_BP, lengths_B, n_new: int, seed: i
     real_BP = position_P < lengths_B[:, None]
     seen_BV = jnp.zeros((n_rows, cfg.model.vocab_size), bool)
 
-    def one(params, hyper, replicate):
+    def begin_replicate(params, hyper, replicate):
         variables = {"params": params, "cache": empty_cache(cfg.model, n_rows, n_prompt + n_new)}
         # The logits are not used, so the compiler leaves the head out. The last token of a prompt
         # is read again by the first step of `extend`, which needs its logits.
@@ -98,7 +98,7 @@ def begin(cfg: Config, params, hyper, prompts_BP, lengths_B, n_new: int, seed: i
         )
 
     replicates = jnp.arange(hyper.logit_scale.shape[0])
-    return jax.vmap(one, spmd_axis_name="replicate")(params, hyper, replicates)
+    return jax.vmap(begin_replicate, spmd_axis_name="replicate")(params, hyper, replicates)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -108,7 +108,7 @@ def extend(
     """Add `n` tokens to every continuation: the state after them, and the tokens [R, B, n]."""
     model, ends = Transformer(cfg.model), jnp.atleast_1d(jnp.asarray(end_of_text))
 
-    def one(params, hyper, decoding):
+    def extend_replicate(params, hyper, decoding):
         def step(now, _):
             logits_B1V, filled = model.apply(
                 {"params": params, "cache": now.cache},
@@ -133,7 +133,7 @@ def extend(
         decoding, tokens_NB = jax.lax.scan(step, decoding, length=n)
         return decoding, tokens_NB.T
 
-    return jax.vmap(one, spmd_axis_name="replicate")(params, hyper, decoding)
+    return jax.vmap(extend_replicate, spmd_axis_name="replicate")(params, hyper, decoding)
 
 
 def choose(logits_BV, seen_BV, key_B, sampling: Sampling) -> jax.Array:

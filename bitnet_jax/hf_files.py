@@ -63,17 +63,17 @@ class Entry:
 
 def entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of one file or of all shards, by key; raises UserError naming the file."""
-    found = {}
+    by_key = {}
     for name in _weight_files(folder):
         with _opened(folder, name) as file:
             for key in file.keys():  # noqa: SIM118, a safetensors file is no mapping
-                if key in found:
+                if key in by_key:
                     raise UserError(
-                        f"{folder}: duplicate key {printable(key)}: {found[key].file} and {name}"
+                        f"{folder}: duplicate key {printable(key)}: {by_key[key].file} and {name}"
                     )
                 header = file.get_slice(key)
-                found[key] = Entry(name, header.get_dtype(), tuple(header.get_shape()))
-    return found
+                by_key[key] = Entry(name, header.get_dtype(), tuple(header.get_shape()))
+    return by_key
 
 
 def tensors(folder: Path, wanted: dict[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
@@ -136,18 +136,18 @@ def appearing(folder: Path) -> Iterator[Path]:
     """
     place = folder.absolute()
     draft = place.with_name(f".{place.name[:50]}.{secrets.token_hex(8)}.tmp")
-    made = []
+    new_parents = []
 
     def undo():
         shutil.rmtree(draft, ignore_errors=True)
-        for path in made:
+        for path in new_parents:
             with contextlib.suppress(OSError):  # it was not made, or it is in use
                 path.rmdir()
 
     try:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{folder}: exists and is not empty; give a new folder")
-        made += [path for path in place.parents if not path.exists()]
+        new_parents += [path for path in place.parents if not path.exists()]
         with stopping.undone(undo):
             draft.mkdir(parents=True)
             yield draft

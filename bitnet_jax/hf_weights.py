@@ -64,12 +64,12 @@ def hf_key(name: str) -> str:
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by path."""
     one_block = _shapes_of_one_block(replace(model, n_layers=1))
-    found = {}
+    by_path = {}
     for name, shape in one_block.items():
         first, slash, rest = name.partition("/")
         layers = range(model.n_layers) if first == "block_0" else [None]
-        found |= {name if i is None else f"block_{i}{slash}{rest}": shape for i in layers}
-    return found
+        by_path |= {name if i is None else f"block_{i}{slash}{rest}": shape for i in layers}
+    return by_path
 
 
 @functools.lru_cache(maxsize=64)
@@ -148,8 +148,8 @@ def _check_entry(folder, key, entry: Entry, name, shape, form) -> None:
         if form == "value" and entry.dtype in (*FLOATS, "I8"):
             wanted, types = (4 * wanted[0], wanted[1]), (*FLOATS, "I8")
     if entry.dtype not in types:
-        found = TYPES.get(entry.dtype, entry.dtype)
-        raise UserError(f"{folder}: {key} is {found}; expected {expected}")
+        dtype = TYPES.get(entry.dtype, entry.dtype)
+        raise UserError(f"{folder}: {key} is {dtype}; expected {expected}")
     if entry.shape != wanted:
         raise UserError(f"{folder}: {key} has shape {entry.shape}; config.json makes it {wanted}")
 

@@ -211,15 +211,15 @@ def choose(log: Log, named: Sequence[str]) -> dict[str, str]:
         if name not in chosen.values() and not name.endswith(("__MIN", "__MAX")):
             plain.setdefault(_plain(name), []).append(name)
     for role, (_, names, _) in ROLES.items():
-        found = [plain[alias] for alias in names.split() if alias in plain]
-        if role not in chosen and found:
-            if len(found[0]) > 1:
-                several = shown(", ".join(map(repr, found[0])), 300)
+        candidates = [plain[alias] for alias in names.split() if alias in plain]
+        if role not in chosen and candidates:
+            if len(candidates[0]) > 1:
+                several = shown(", ".join(map(repr, candidates[0])), 300)
                 raise UserError(
                     f"--log {log.path}: several columns may be the {role}: {several}; choose with "
                     f"--map {role}=COLUMN"
                 )
-            chosen[role] = found[0][0]
+            chosen[role] = candidates[0][0]
     return chosen
 
 

@@ -112,15 +112,15 @@ def all_sums(params, strength: float, before=None) -> dict[str, tuple[str, dict]
     """Kind and sums of every parameter by path; `before` are the parameters of an earlier step."""
     leaves = jax.tree.leaves_with_path(params)
     earlier = jax.tree.leaves(before) if before is not None else [None] * len(leaves)
-    found = {}
+    sums = {}
     for (path, w), was in zip(leaves, earlier, strict=True):
         name = optim.path_name(path)
         kind = kind_of(name)
         if name.endswith("/packed"):
-            found[name] = (kind, packed_sums(w))
+            sums[name] = (kind, packed_sums(w))
         elif not (name.startswith("block_") and name.endswith("/scale") and np.ndim(w) == 0):
-            found[name] = (kind, tensor_sums(w, kind not in FULL_PRECISION, strength, was))
-    return found
+            sums[name] = (kind, tensor_sums(w, kind not in FULL_PRECISION, strength, was))
+    return sums
 
 
 def by_kind(tensors: dict[str, tuple[str, dict]]) -> dict[str, dict]:
@@ -138,11 +138,11 @@ def weights(params, strength: float, before=None) -> dict:
     keys = ("size", "above_1", "above_1.1", "outside")
     return {
         "quantisation_strength": strength,
-        "tensors": {name: numbers(found) for name, (_, found) in sums.items()},
+        "tensors": {name: numbers(tensor) for name, (_, tensor) in sums.items()},
         "matrices": sum(kind not in FULL_PRECISION for kind, _ in sums.values()),
-        "total": {key: sum(int(found.get(key, 0)) for found in kinds.values()) for key in keys},
+        "total": {key: sum(int(total.get(key, 0)) for total in kinds.values()) for key in keys},
         "quantised_above_1.1": sum(
-            int(found.get("above_1.1", 0)) for kind, found in kinds.items()
+            int(total.get("above_1.1", 0)) for kind, total in kinds.items()
             if kind not in FULL_PRECISION
         ),
         "faults": weight_faults(params),
@@ -240,9 +240,9 @@ def finite(weights: dict) -> bool:
     return "values that are not finite" not in weights["faults"]
 
 
-def observations(found: dict) -> list[str]:
+def observations(inspected: dict) -> list[str]:
     """What is wrong with the weights and predictions, the worst first."""
-    w, p = found["weights"], found["predictions"]
+    w, p = inspected["weights"], inspected["predictions"]
     mostly_zero = [
         name for name, t in w["tensors"].items() if 1 > t.get("zero_rate", 0) > MOSTLY_ZERO
     ]
@@ -298,14 +298,14 @@ def inspect(source: str, text: str | None = None, rows: Sequence[dict] = ()) -> 
     s = open_source(source, text)
     before, earlier = _earlier(source, s)
     replicate = s.program.replicates[0]
-    found = {"source": source, "name": replicate.name, "seed": replicate.seed, "step": s.step}
-    found |= {"weights": weights(s.params, float(s.hyper.weight_quant), before)}
-    found |= {"predictions": None, "left_out": s.lacks((TEXT,))}
-    if finite(found["weights"]) and not found["left_out"]:
+    inspected = {"source": source, "name": replicate.name, "seed": replicate.seed, "step": s.step}
+    inspected |= {"weights": weights(s.params, float(s.hyper.weight_quant), before)}
+    inspected |= {"predictions": None, "left_out": s.lacks((TEXT,))}
+    if finite(inspected["weights"]) and not inspected["left_out"]:
         with jax.set_mesh(s.program.mesh), jax.default_matmul_precision("float32"):
-            found["predictions"] = predictions(s)
-    found |= {"previous_step": earlier, "course": course(rows)}
-    return found | {"observations": observations(found)}
+            inspected["predictions"] = predictions(s)
+    inspected |= {"previous_step": earlier, "course": course(rows)}
+    return inspected | {"observations": observations(inspected)}
 
 
 COLUMNS = (
@@ -321,19 +321,23 @@ COLUMNS = (
 )
 
 
-def lines(found: dict) -> list[str]:
+def terminal_lines(inspected: dict) -> list[str]:
     """The worst first, then tensors, tokens and course."""
-    sound = " in the weights" if found["left_out"] else "; the model has learned"
-    seen = found["observations"] or [f"nothing wrong seen{sound}"]
-    where = f"{found['name']} seed {found['seed']}, step {found['step']}"
+    sound = " in the weights" if inspected["left_out"] else "; the model has learned"
+    seen = inspected["observations"] or [f"nothing wrong seen{sound}"]
+    where = f"{inspected['name']} seed {inspected['seed']}, step {inspected['step']}"
     return [
         f"{where}: {seen[0]}",
         *(f"also: {text}" for text in seen[1:]),
         "",
-        *_tensor_lines(found["weights"]["tensors"]),
-        *(["", *_prediction_lines(found["predictions"])] if found["predictions"] else []),
-        *(["", f"left out, without {found['left_out']}: predictions"] if found["left_out"] else []),
-        *(_course_lines(found["course"]) if found["course"] else []),
+        *_tensor_lines(inspected["weights"]["tensors"]),
+        *(["", *_prediction_lines(inspected["predictions"])] if inspected["predictions"] else []),
+        *(
+            ["", f"left out, without {inspected['left_out']}: predictions"]
+            if inspected["left_out"]
+            else []
+        ),
+        *(_course_lines(inspected["course"]) if inspected["course"] else []),
     ]
 
 

@@ -172,8 +172,8 @@ def accumulated(gradient: Callable, batch: Batch, n_parts: int):
 
     def add(sums, part):
         share = jnp.maximum(jnp.sum(part.weights), 1.0)
-        found = gradient(sharding.split_batch(part))
-        return jax.tree.map(lambda total, x: total + share * x, sums, found), None
+        loss_and_gradient = gradient(sharding.split_batch(part))
+        return jax.tree.map(lambda total, x: total + share * x, sums, loss_and_gradient), None
 
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n_parts, *x.shape[1:]), 1, 0), batch)
     first = jax.tree.map(lambda x: x[0], parts)

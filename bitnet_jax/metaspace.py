@@ -54,21 +54,21 @@ def missing_merge(model: dict, special: Container[str]) -> str | None:
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         ranks.setdefault(left + right, []).append((rank, left))
     for token in vocab:
-        found = ranks.get(token, [])
-        lefts = {left for _, left in found}
+        merges = ranks.get(token, [])
+        lefts = {left for _, left in merges}
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
             if left not in lefts and left in vocab and right in vocab and token not in special:
                 return f"{left} {right}"
-        if found and found[-1][0] - found[0][0] >= len(found):
+        if merges and merges[-1][0] - merges[0][0] >= len(merges):
             return token
     return None
 
 
 def scores(model: dict) -> dict[str, float]:
     """Of every token that merges make, minus the place of its first merge."""
-    found = {}
+    token_scores = {}
     for rank, pair in enumerate(model["merges"]):
         token = pair.replace(" ", "") if isinstance(pair, str) else "".join(pair)
-        found.setdefault(token, -float(rank))
-    return found
+        token_scores.setdefault(token, -float(rank))
+    return token_scores

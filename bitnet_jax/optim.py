@@ -178,11 +178,11 @@ def _read_back(cfg: OptimConfig, groups, shares: dict, coupled, decoupled, lr):
         mu = optax.tree.bias_correction(adam.mu, cfg.beta1, adam.count)
         nu = optax.tree.bias_correction(adam.nu, cfg.beta2, adam.count)
 
-        def one(group, w, m, v):
+        def of_weight(group, w, m, v):
             decay = shares[group] * decoupled(count)
-            found = -lr(count) * (m / (jnp.sqrt(v) + cfg.eps) + decay * w)
-            return found / (1 - lr(count) * decay) if after else found
+            update = -lr(count) * (m / (jnp.sqrt(v) + cfg.eps) + decay * w)
+            return update / (1 - lr(count) * decay) if after else update
 
-        return jax.tree.map(one, groups, params, mu, nu)
+        return jax.tree.map(of_weight, groups, params, mu, nu)
 
     return decay_part, updates

@@ -343,10 +343,10 @@ def continuations(replicates: list[dict]) -> list[dict]:
     """What each replicate made of each prompt: {prompt, rows of name, seed, text, sampled}."""
     prompts: dict[str, list[dict]] = {}
     for rep in replicates:
-        for found in rep.get("continuations") or ():
-            texts = {k: cap_line_breaks(found.get(k) or "") for k in ("text", "sampled")}
+        for continuation in rep.get("continuations") or ():
+            texts = {k: cap_line_breaks(continuation.get(k) or "") for k in ("text", "sampled")}
             row = {"name": rep["name"], "seed": rep["seed"], **texts}
-            prompts.setdefault(cap_line_breaks(found["prompt"]), []).append(row)
+            prompts.setdefault(cap_line_breaks(continuation["prompt"]), []).append(row)
     return [{"prompt": prompt, "rows": rows} for prompt, rows in prompts.items()]
 
 

@@ -40,7 +40,8 @@ def step_flops(program: Program) -> int:
 
     Layers are alike: counted are models of one and of two.
     """
-    cfg, one = program.cfg, jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), program.hyper)
+    cfg = program.cfg
+    hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), program.hyper)
     shape = (cfg.data.batch_size, cfg.data.seq_len)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch = data.Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -54,7 +55,7 @@ def step_flops(program: Program) -> int:
 
         seed, unigram_V = jax.ShapeDtypeStruct((), jnp.uint32), program.evals.unigram_V
         with jax.sharding.use_abstract_mesh(_abstract(program.mesh)):
-            traced = jax.make_jaxpr(step)(one, seed, batch, unigram_V)
+            traced = jax.make_jaxpr(step)(hyper, seed, batch, unigram_V)
         return costs.flops(costs.needed(traced))
 
     first = count(1)
@@ -115,12 +116,12 @@ def estimate(program: Program, state) -> Memory:
 
 def _gathered(params) -> int:
     """Elements of what a device gathers at once: embedding, head and the matrices of one block."""
-    found = 0
+    n_elements = 0
     for path, leaf in jax.tree.leaves_with_path(params):
         first = path[0].key
         if "data" in leaf.sharding.spec and (first == "block_0" or not first.startswith("block_")):
-            found += leaf.size // leaf.shape[0]
-    return found
+            n_elements += leaf.size // leaf.shape[0]
+    return n_elements
 
 
 def _evaluated(program: Program) -> float:
@@ -141,15 +142,15 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
     Split parameters are gathered for the forward and for the backward pass in the type of the model
     and their gradients, float32, reduced and scattered; gradients of the others are reduced.
     """
-    n_data, found = program.mesh.shape["data"], {}
+    n_data, traffic = program.mesh.shape["data"], {}
     if n_data == 1:
-        return found
+        return traffic
     item, parts = jnp.dtype(program.cfg.model.dtype).itemsize, program.cfg.data.accumulate
     n_rep = len(program.replicates)
 
     def add(kind, size, count):
         new = costs.collective(kind, size, n_data, count)
-        found[kind] = found[kind] + new if kind in found else new
+        traffic[kind] = traffic[kind] + new if kind in traffic else new
 
     for leaf in jax.tree.leaves(program.abstract_state.params):
         local = leaf.size // n_rep * (n_rep // program.mesh.shape["replicate"])
@@ -158,7 +159,7 @@ def expected_traffic(program: Program) -> dict[str, Traffic]:
             add("reduce-scatter", 4 * local, parts)
         else:
             add("all-reduce", 4 * local, parts)
-    return found
+    return traffic
 
 
 # ------------------------------------------------------------------------------- by the compiler
@@ -196,7 +197,7 @@ def compile_program(program: Program) -> Compiled:
         step.temp_size_in_bytes,
         evaluation.temp_size_in_bytes,
         max(_used(step), _used(evaluation)),
-        {kind: found.over(n) for kind, found in costs.traffic(chunk.as_text()).items()},
+        {kind: traffic.over(n) for kind, traffic in costs.traffic(chunk.as_text()).items()},
         time.monotonic() - began,
     )
 
@@ -256,8 +257,8 @@ class Plan:
     @cached_property
     def traffic(self) -> dict[str, Traffic]:
         """Collectives of a step by kind; the compiler's where it got so far."""
-        found = self.compiled.traffic if self.compiled else None
-        return expected_traffic(self.program) if found is None else found
+        traffic = self.compiled.traffic if self.compiled else None
+        return expected_traffic(self.program) if traffic is None else traffic
 
     @cached_property
     def least_seconds(self) -> dict[str, float]:
@@ -311,14 +312,14 @@ def remedies(plan: Plan) -> list[str]:
     """
     cfg, levers = plan.program.cfg, _levers(plan.program.cfg)
     single = [_first_that_fits(plan, [[change] for change in lever]) for lever in levers]
-    found = [" ".join(changes) for changes in single if changes]
+    options = [" ".join(changes) for changes in single if changes]
     if len(plan.program.replicates) > 1 and len(cfg.run.recipes) > 1:
-        one = _fits(plan, [], replicates=plan.program.replicates[:1])
-        found += [f"run.recipes={cfg.run.recipes[0]}"] if one else []
+        one_fits = _fits(plan, [], replicates=plan.program.replicates[:1])
+        options += [f"run.recipes={cfg.run.recipes[0]}"] if one_fits else []
     bigger = [t for t in chips.larger(plan.topology) if _fits(plan, [], topology=t)]
-    found += [f"--topology {bigger[0].text}"] if bigger else []
-    if found:
-        return found
+    options += [f"--topology {bigger[0].text}"] if bigger else []
+    if options:
+        return options
     together = [lever[-1] for lever in levers if not lever[-1].startswith("data.batch_size")]
     return [" ".join(together)] if together and _fits(plan, together) else []
 

@@ -100,12 +100,12 @@ def parts(x: jax.Array) -> list[jax.Array]:
     """
     if x.dtype == jnp.bfloat16:
         return [x]
-    found = []
+    terms = []
     for _ in range(N_PARTS):
         top = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        found.append(top.astype(jnp.bfloat16))
+        terms.append(top.astype(jnp.bfloat16))
         x = x - top
-    return found
+    return terms
 
 
 @jax.custom_vjp

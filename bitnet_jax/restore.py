@@ -73,8 +73,8 @@ def load_replicate(
     cfg, replicates = config_file.from_json(
         checkpoint.load_config(workdir, step), f"{workdir}@{step}"
     )
-    one = jax.eval_shape(lambda: train.init_state(cfg, replicates[0].hyper, 0))
-    state = checkpoint.restore_replicate(workdir, step, index, one)
+    abstract_state = jax.eval_shape(lambda: train.init_state(cfg, replicates[0].hyper, 0))
+    state = checkpoint.restore_replicate(workdir, step, index, abstract_state)
     return cfg, replicates[index], jax.device_get(state)
 
 
@@ -176,8 +176,10 @@ def fork_state(program: Program, source: str) -> tuple[train.TrainState, int]:
         )
     if index is None:
         return checkpoint.restore(folder, step, program.abstract_state), step
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state)
-    state = checkpoint.restore_replicate(folder, step, index, one)
+    abstract_state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state
+    )
+    state = checkpoint.restore_replicate(folder, step, index, abstract_state)
     n_rep = len(program.replicates)
     copies = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (n_rep, *x.shape)), state)
     return jax.tree.map(sharding.put, copies, program.state_sharding), step

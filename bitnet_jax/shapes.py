@@ -54,8 +54,8 @@ def abstract_program(cfg: Config, replicates: list[Replicate], mesh, platform: s
         unigram_V=array(cfg.model.vocab_size),
         token_bytes_V=array(cfg.model.vocab_size),
     )
-    one = sharding.by_replicate(mesh)
-    hyper = jax.tree.map(lambda _: array(len(replicates), where=one), replicates[0].hyper)
+    by_replicate = sharding.by_replicate(mesh)
+    hyper = jax.tree.map(lambda _: array(len(replicates), where=by_replicate), replicates[0].hyper)
     used = products.choose((rep.hyper for rep in replicates), standard=True, on=platform)
     seams = replace(train.STANDARD, products=used)
     return Program(cfg, replicates, seams, None, {}, mesh, hyper, evals, None, None)

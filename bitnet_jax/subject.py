@@ -129,14 +129,14 @@ def rms(leaves) -> float:
 
 def codes_by_path(params) -> dict[str, np.ndarray]:
     """Int8 codes of the ternary matrices, packed or not, by the path of their layer."""
-    found = {}
+    codes = {}
     for path, w in jax.tree.leaves_with_path(params):
         layer, _, leaf = optim.path_name(path).rpartition("/")
         if re.fullmatch(r"block_\d+/(attn|ffn)/\w+", layer) and leaf in ("kernel", "packed"):
             w = jnp.asarray(w)
             ternary = quant.unpack_ternary if leaf == "packed" else _codes
-            found[layer] = np.asarray(ternary(w))
-    return found
+            codes[layer] = np.asarray(ternary(w))
+    return codes
 
 
 def _codes(w):

@@ -172,5 +172,5 @@ def progress_line(labels: list[str], states: dict[int, dict], places: list[str],
     counted = [f"{n} {verdict}" for verdict, n in rest.items()]
     states = (full, short, [*full[:1], *counted], [*short[:1], *counted])
     choices = [(full, places[0])] + [(parts, places[-1]) for parts in states]
-    lines = [" | ".join([*parts, place]) for parts, place in choices]
-    return next((line for line in lines if len(line) <= width), lines[-1][:width])
+    candidates = [" | ".join([*parts, place]) for parts, place in choices]
+    return next((line for line in candidates if len(line) <= width), candidates[-1][:width])

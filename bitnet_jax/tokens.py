@@ -62,10 +62,10 @@ def stripped_lines(stream: Stream) -> Stream:
     """
     rest = ""
     for text, ends in stream:
-        *lines, rest = (rest + text).split("\n")
+        *text_lines, rest = (rest + text).split("\n")
         if ends or len(rest) > MOST_CHARS:
-            lines, rest = [*lines, rest], ""
-        yield from ((line.strip(), False) for line in lines if line.strip())
+            text_lines, rest = [*text_lines, rest], ""
+        yield from ((line.strip(), False) for line in text_lines if line.strip())
     if rest.strip():
         yield rest.strip(), False
 

@@ -162,8 +162,10 @@ def _update(cfg, seams, hyper, state, grads, norm, ok):
     # Zeroing what goes into and comes out of the optimiser fuses with it; selecting between the old
     # and the new state would cost another pass over all of it.
     grads = jax.tree.map(lambda g: jnp.where(ok, g, 0), grads)
-    made, opt_state = tx.update(grads, state.opt_state, params, grad_norm=jnp.where(ok, norm, 0))
-    updates = made if tx.updates is None else tx.updates(params, opt_state)
+    tx_updates, opt_state = tx.update(
+        grads, state.opt_state, params, grad_norm=jnp.where(ok, norm, 0)
+    )
+    updates = tx_updates if tx.updates is None else tx.updates(params, opt_state)
     updates = jax.tree.map(lambda u: jnp.where(ok, u, 0), updates)
     n = state.step + 1
     failed = jnp.where(ok | (state.failed > 0), state.failed, n)

@@ -44,8 +44,8 @@ def schedule(s: Subject) -> dict:
     """`step`, `steps`, `lr_peak`; `sum_lr`, `planned_lr`: learning rates summed so far, in all."""
     run, hyper = s.program.cfg.run, s.program.replicates[0].hyper
     rates = np.asarray(optim.learning_rate(hyper, np.arange(1, run.steps + 1), run), np.float64)
-    found = {"step": s.step, "steps": run.steps, "lr_peak": float(hyper.lr_peak)}
-    return found | {"sum_lr": float(rates[: s.step].sum()), "planned_lr": float(rates.sum())}
+    numbers = {"step": s.step, "steps": run.steps, "lr_peak": float(hyper.lr_peak)}
+    return numbers | {"sum_lr": float(rates[: s.step].sum()), "planned_lr": float(rates.sum())}
 
 
 def decay(s: Subject) -> dict:
@@ -74,19 +74,19 @@ def decay_numbers(program: Program, hyper: Hyper, params) -> dict:
             n, run, hyper.coupled_1 + hyper.decoupled_1, hyper.coupled_2 + hyper.decoupled_2
         )
     )
-    found = {}
+    numbers = {}
     parts = [train.by_group(tree, groups) for tree in (sample, shrunk, unscaled)]
     for group in parts[0]:
         w, v, u = (np.concatenate(part[group]).astype(np.float64) for part in parts)
         share = {"matrix": 1.0, "bias": 0.0}.get(group, float(hyper.decay_rest))
         size = max(np.linalg.norm(w), 1e-30)
-        found |= {
+        numbers |= {
             f"decay_factor_{group}": float(np.linalg.norm(v) / size),
             f"decay_expected_{group}": float(np.prod(1 - lr * rate * share)),
             f"decay_spread_{group}": float(np.std(v[w != 0] / w[w != 0])) if w.any() else 0.0,
             f"decay_unscaled_{group}": abs(1 - float(np.linalg.norm(u) / size)) * bool(w.any()),
         }
-    return found
+    return numbers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -158,19 +158,19 @@ def updates(s: Subject) -> dict:
     trees = (after.params, last.gradients, last.squares, last.updates, by_decay, last.free_updates)
     parts = [train.by_group(tree, groups) for tree in trees]
     clip = min(1.0, cfg.optim.clip_norm / max(float(numbers["train/grad_norm"]), 1e-30))
-    found = {"clip_factor": clip}
+    statistics = {"clip_factor": clip}
     for group in parts[0]:
         w, g, squares, u, d, rest = (part[group] for part in parts)
         root = np.concatenate([np.sqrt(x / REPLAYED).ravel() for x in squares])
         small = ((root > 0) & (root < cfg.optim.eps)).sum() / max((root > 0).sum(), 1)
-        found |= {
+        statistics |= {
             f"gradient_{group}": rms(g),
             f"zeros_{group}": float(np.mean(np.concatenate([x.ravel() for x in g]) == 0)),
             f"update_{group}": rms(u) / max(rms(w), 1e-30),
             f"decay_share_{group}": norm(d) / max(norm(d) + norm(rest), 1e-30),
             f"below_eps_{group}": float(small),
         }
-    return found
+    return statistics
 
 
 def batches(s: Subject) -> dict:
@@ -246,9 +246,9 @@ def displacement(s: Subject) -> dict:
     `codes_changed` share of codes; `start_latent` mean |w| of ternary matrices and `start_gain` the
     number of `logit_gain`, at the start."""
     matrices = train.matrices(s.start.params).values()
-    found = moved(s.params, s.start.params)
-    found["start_latent"] = float(np.mean([np.abs(np.asarray(w)).mean() for w in matrices]))
-    return found | {"start_gain": logit_gain(s)}
+    numbers = moved(s.params, s.start.params)
+    numbers["start_latent"] = float(np.mean([np.abs(np.asarray(w)).mean() for w in matrices]))
+    return numbers | {"start_gain": logit_gain(s)}
 
 
 def moved(params, start) -> dict:
@@ -256,14 +256,14 @@ def moved(params, start) -> dict:
     groups = optim.param_groups(params)
     distance = train.by_group(jax.tree.map(lambda a, b: np.asarray(a) - b, params, start), groups)
     now, then = train.by_group(params, groups), train.by_group(start, groups)
-    found = {}
+    numbers = {}
     for group in now:
         unit = max(rms(then[group]), 1e-30)
-        found[f"moved_{group}"] = rms(distance[group]) / unit
-        found[f"norm_{group}"] = rms(now[group]) / unit
+        numbers[f"moved_{group}"] = rms(distance[group]) / unit
+        numbers[f"norm_{group}"] = rms(now[group]) / unit
     now, then = codes_by_path(params), codes_by_path(start)
     changed = sum(int((now[k] != then[k]).sum()) for k in now)
-    return found | {"codes_changed": changed / sum(q.size for q in now.values())}
+    return numbers | {"codes_changed": changed / sum(q.size for q in now.values())}
 
 
 def overfit(s: Subject, windows: int = 2) -> dict:

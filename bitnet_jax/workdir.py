@@ -124,8 +124,8 @@ def first_difference(a, b, path: str = "") -> tuple[str, object, object] | None:
         pairs = [(f"{path}[{i}]", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
     else:
         return None if a == b else (path, a, b)
-    found = (first_difference(x, y, name) for name, x, y in pairs)
-    return next((difference for difference in found if difference), None)
+    differences = (first_difference(x, y, name) for name, x, y in pairs)
+    return next((difference for difference in differences if difference), None)
 
 
 def fork_command(workdir: Path, wanted: dict) -> str:
@@ -144,7 +144,7 @@ def fork_command(workdir: Path, wanted: dict) -> str:
 
 def describe(program: Program, settings: dict) -> dict:
     """Content of config.json, which goes with every checkpoint, too."""
-    one = jax.tree.map(
+    abstract_params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), program.abstract_state.params
     )
     return settings | {
@@ -152,8 +152,8 @@ def describe(program: Program, settings: dict) -> dict:
         "products": program.seams.products,
         "corpus": program.tokens.identity,
         "references": program.references,
-        "n_params": sum(x.size for x in jax.tree.leaves(one)),
-        "decay_table": optim.decay_table(one),
+        "n_params": sum(x.size for x in jax.tree.leaves(abstract_params)),
+        "decay_table": optim.decay_table(abstract_params),
     }
 
 

@@ -40,9 +40,9 @@ class Skipped(Exception):
 
 def parser(name: str, doc: str, *, preset: str, rounds: int | None) -> flags.Parser:
     """The flags that benchmarks share; `rounds` is None where nothing is timed."""
-    made = flags.Parser(f"python -m experiments.{name}", doc)
-    made.default_preset = preset
-    add = made.add_argument
+    flag_parser = flags.Parser(f"python -m experiments.{name}", doc)
+    flag_parser.default_preset = preset
+    add = flag_parser.add_argument
     add("--preset", default=preset, help=f"whose sizes, see below (default: {preset})")
     add(
         "--set",
@@ -55,7 +55,7 @@ def parser(name: str, doc: str, *, preset: str, rounds: int | None) -> flags.Par
     add("--seed", type=int, default=0, help="of weights and data (default: 0)")
     if rounds is not None:
         add("--rounds", type=int, default=rounds, help=f"at most (default: {rounds})")
-    return made
+    return flag_parser
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:

@@ -32,7 +32,7 @@ def shapes(model: ModelConfig, n_rows: int) -> dict[tuple[int, int, int], int]:
     """[N, D] times [D, F] products of a forward pass, and how often each occurs."""
     d, width = model.d_model, model.d_model // model.n_heads
     keys = model.n_kv_heads * width
-    found: dict[tuple[int, int, int], int] = {}
+    counts: dict[tuple[int, int, int], int] = {}
     if model.layout == "report":
         linear = [(d, d + 2 * keys), (d, 2 * model.d_ff)]
     else:
@@ -40,8 +40,8 @@ def shapes(model: ModelConfig, n_rows: int) -> dict[tuple[int, int, int], int]:
     linear += [(d, d), (model.d_ff, d)]
     for inputs, outputs in linear * model.n_layers + [(d, model.vocab_size)]:
         shape = n_rows, inputs, outputs
-        found[shape] = found.get(shape, 0) + 1
-    return found
+        counts[shape] = counts.get(shape, 0) + 1
+    return counts
 
 
 def step_flops(model: ModelConfig, n_rows: int) -> int:
@@ -128,7 +128,7 @@ def product_share(compiled, call: Callable[[], object]) -> tuple[float, list[tup
 def product_names(hlo: str) -> dict[str, bool]:
     """Operations that do work by name, and whether each is a product or a fusion that holds one."""
     bodies: dict[str, bool] = {}
-    found: dict[str, bool] = {}
+    is_product: dict[str, bool] = {}
     name = ""
     for line in hlo.splitlines():
         if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line):
@@ -139,5 +139,5 @@ def product_names(hlo: str) -> dict[str, bool]:
             bodies[name] |= kind == "dot"
             called = re.search(r"calls=%([\w.\-]+)", line)
             if kind not in ("while", "conditional", "call", "tuple", "get-tuple-element"):
-                found[match[1]] = kind == "dot" or bool(called and bodies.get(called[1]))
-    return found
+                is_product[match[1]] = kind == "dot" or bool(called and bodies.get(called[1]))
+    return is_product

@@ -82,8 +82,8 @@ def operations(computations: dict, entry: str) -> Iterator[tuple[float, str, str
     """How often, kind and first operand of every operation when `entry` runs once."""
     for name, times in costs.executions(computations, entry).items():
         for key, text in computations.get(name, {}).items():
-            if key != costs.ROOT and (found := OPERATION.search(text)):
-                yield times, found[1], found[2]
+            if key != costs.ROOT and (match := OPERATION.search(text)):
+                yield times, match[1], match[2]
 
 
 def count(hlo: str) -> dict:
@@ -91,8 +91,8 @@ def count(hlo: str) -> dict:
     types, computations, _ = costs.parse_hlo(hlo)
     step = max(LOOP.findall(hlo), key=lambda body: len(costs.executions(computations, body)))
     whole = {  # fusions are kernels, and what is inside them is not
-        name: {key: INSIDES.sub("", x) if " fusion(" in x else x for key, x in lines.items()}
-        for name, lines in computations.items()
+        name: {key: INSIDES.sub("", x) if " fusion(" in x else x for key, x in instructions.items()}
+        for name, instructions in computations.items()
     }
     operands: Counter = Counter()
     for times, kind, operand in operations(computations, step):
@@ -114,11 +114,11 @@ def parse(argv: list[str]) -> Namespace:
 def run(args: Namespace) -> None:
     """Compile, write and print."""
     topology = chips.parse_topology(args.topology)
-    found = devices(topology)
+    mesh_devices = devices(topology)
     asked, hyper = bench.resolve(args)
     cfg = replace(asked, run=RunConfig(steps=100_000, recipes=("published",), eval_every=K))
     replicates = presets.make_replicates(cfg, [args.seed], hyper)
-    mesh = sharding.make_mesh(1, cfg.data.batch_size, found)
+    mesh = sharding.make_mesh(1, cfg.data.batch_size, mesh_devices)
     program = shapes.abstract_program(cfg, replicates, mesh, topology.chip.platform)
     n_params = sum(x.size for x in jax.tree.leaves(program.abstract_state.params))
     fixed = bench.shape_of(args.preset, program.cfg, n_params)

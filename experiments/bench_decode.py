@@ -118,15 +118,15 @@ def memory_table() -> str:
     """`weight_memory` of the published 700M and 2B shapes in words."""
     m700 = presets.preset("700m").model
     shapes = {"700m": replace(m700, vocab_size=50257), "2B": SHAPE_2B}
-    lines = []
+    text_lines = []
     for name, model in shapes.items():
         size = weight_memory(model)
-        lines.append(
+        text_lines.append(
             f"{name}: {size['params']:,} parameters, {size['bf16_mb']:,.0f} MB in bfloat16, "
             f"{size['packed_mb']:,.0f} MB packed "
             f"({size['bf16_mb'] / size['packed_mb']:.1f} times less)"
         )
-    return "\n".join(lines)
+    return "\n".join(text_lines)
 
 
 class Ours:
@@ -211,7 +211,7 @@ def measure(ways: dict, most: int) -> tuple[dict[str, np.ndarray], dict[str, np.
 
 def table(rows: list[dict]) -> str:
     """The rows in words, with [smallest, largest] over the rounds."""
-    lines = []
+    text_lines = []
     for row in rows:
         line = (
             f"batch {row['B']:<3} {LABELS[row['benchmark']]:32}"
@@ -222,8 +222,8 @@ def table(rows: list[dict]) -> str:
             line += f"{row['params_mb']:.0f} MB of weights + {row['temp_mb']:.0f} MB"
         if row.get("same_tokens", 1) < 1:
             line += f" {row['same_tokens']:.1%} same tokens"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+        text_lines.append(line.rstrip())
+    return "\n".join(text_lines)
 
 
 def make_peers(cfg: Config, params, *, online: bool) -> dict:

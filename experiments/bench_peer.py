@@ -46,11 +46,11 @@ def why_none(model: ModelConfig) -> str | None:
 
 def ways(*, compiled: bool) -> list[str]:
     """Those of MOVES that are measured: torchao's where it is, torch.compile's where asked for."""
-    there = importlib.util.find_spec("torchao") is not None
+    has_torchao = importlib.util.find_spec("torchao") is not None
     return [
         name
         for name in MOVES
-        if (there or "torchao" not in name) and (compiled or "compiled" not in name)
+        if (has_torchao or "torchao" not in name) and (compiled or "compiled" not in name)
     ]
 
 
@@ -99,8 +99,8 @@ def make_model(cfg: Config, params, *, by_torchao: bool = False):
 def tensors(model: ModelConfig, params) -> dict[str, np.ndarray]:
     """Parameters under transformers' names, with linear layers as [out, in]."""
     named = flatten_dict(params, sep="/")
-    found = {hf_key(name): w.T if is_matrix(name) else w for name, w in named.items()}
-    return found | ({HEAD: found[EMBEDDING]} if model.tied_embedding else {})
+    state_dict = {hf_key(name): w.T if is_matrix(name) else w for name, w in named.items()}
+    return state_dict | ({HEAD: state_dict[EMBEDDING]} if model.tied_embedding else {})
 
 
 def make_trainer(program: Program, params, way: str):
@@ -126,7 +126,7 @@ def make_trainer(program: Program, params, way: str):
     if cfg.model.dtype == "bfloat16":
         autocast = torch.autocast(where, torch.bfloat16)
 
-    def one(inputs_BL, targets_BL, n):
+    def train_step(inputs_BL, targets_BL, n):
         decay = hyper.decoupled_1 if n <= cfg.run.boundary else hyper.decoupled_2
         for group, share in zip(optimizer.param_groups, (1.0, hyper.decay_rest), strict=True):
             group["weight_decay"] = decay * share
@@ -146,7 +146,7 @@ def make_trainer(program: Program, params, way: str):
         targets_KBL = np.where(batch_KBL.weights > 0, batch_KBL.targets, NOT_SCORED)
         pairs = [torch.tensor(x).long().to(where) for x in (batch_KBL.inputs, targets_KBL)]
         batches = zip(*pairs, strict=True)
-        return [one(*batch, done + k) for k, batch in enumerate(batches, 1)][-1].item()
+        return [train_step(*batch, done + k) for k, batch in enumerate(batches, 1)][-1].item()
 
     return train
 

@@ -85,34 +85,34 @@ def check_memory(memory_mb: float, n_params: int) -> None:
 # Measurements
 
 
-def check_chunk(one: Trainer, n_params: int) -> dict[str, float]:
+def check_chunk(trainer: Trainer, n_params: int) -> dict[str, float]:
     """Raise Skipped if a chunk does not fit; the costs of its program, and the peak of memory."""
-    check_memory(one.costs["memory_mb"], n_params)
-    if (seconds := one.chunks(1)) > LIMIT_S:
+    check_memory(trainer.costs["memory_mb"], n_params)
+    if (seconds := trainer.chunks(1)) > LIMIT_S:
         raise Skipped(f"a chunk of {K} steps takes {seconds:.0f} s")
-    return one.costs | bench.peak_memory()
+    return trainer.costs | bench.peak_memory()
 
 
-def measure_step(one: Trainer, most: int, rows: bench.Rows) -> None:
+def measure_step(trainer: Trainer, most: int, rows: bench.Rows) -> None:
     """The chunk, its evaluation and the bound, and nothing else of ours."""
     n_params = rows.fixed["params"]
-    compiled = check_chunk(one, n_params)
-    moves = {"chunk": lambda: one.chunks(1), "evaluation": one.evaluation}
-    taken = bench.rounds(moves | bounds_of(one), most)
+    compiled = check_chunk(trainer, n_params)
+    moves = {"chunk": lambda: trainer.chunks(1), "evaluation": trainer.evaluation}
+    taken = bench.rounds(moves | bounds_of(trainer), most)
     chunk, small = taken["chunk"], taken["evaluation"]
-    add(rows, "train_chunk", chunk / K, **compiled, **cost_of_a_step(one, taken, n_params))
+    add(rows, "train_chunk", chunk / K, **compiled, **cost_of_a_step(trainer, taken, n_params))
     add(rows, "evaluation", small, **spread("share", small / chunk))
 
 
-def measure_ours(one: Trainer, two: Trainer, most: int, rows: bench.Rows, planned: RunConfig):
+def measure_ours(trainer: Trainer, two: Trainer, most: int, rows: bench.Rows, planned: RunConfig):
     """The chunk, and what stands around it; `planned` is the run that shares are told of."""
     n_params = rows.fixed["params"]
-    compiled = check_chunk(one, n_params)
+    compiled = check_chunk(trainer, n_params)
     check_memory(two.costs["memory_mb"], 2 * n_params)
-    taken = take_turns(one, two, most)
+    taken = take_turns(trainer, two, most)
     chunk, small, large = taken["chunk"], taken["evaluation"], taken["large"]
     steps = chunk - small
-    compiled |= cost_of_a_step(one, taken, n_params)
+    compiled |= cost_of_a_step(trainer, taken, n_params)
     seconds = {"step": steps / K, "evaluation": small, "large_block": large, "host": taken["host"]}
     shares = run_shares(planned, {name: float(np.median(x)) for name, x in seconds.items()})
     add(rows, "train_chunk", chunk / K, of_run=shares["step"], **compiled)
@@ -127,53 +127,55 @@ def measure_ours(one: Trainer, two: Trainer, most: int, rows: bench.Rows, planne
     add(rows, "two_replicates", taken["two"] / (2 * K), R=2, **ratio, **two.costs)
 
 
-def bounds_of(one: Trainer) -> dict:
+def bounds_of(trainer: Trainer) -> dict:
     """Ways to time the parts of the bound of its step."""
-    shape = one.program.cfg.data
-    return bench_bounds.make_moves(one.program.cfg.model, shape.batch_size * shape.seq_len)
+    shape = trainer.program.cfg.data
+    return bench_bounds.make_moves(trainer.program.cfg.model, shape.batch_size * shape.seq_len)
 
 
-def cost_of_a_step(one: Trainer, taken: dict, n_params: int) -> dict:
+def cost_of_a_step(trainer: Trainer, taken: dict, n_params: int) -> dict:
     """The bound of a step, how many times that it takes, and what it spends its time on."""
     seconds = (taken["chunk"] - taken["evaluation"]) / K
-    data_ = one.program.cfg.data
+    data_ = trainer.program.cfg.data
     n_rows = data_.batch_size * data_.seq_len
-    limit = bench_bounds.bound(one.program.cfg.model, n_rows, n_params, taken)
-    share, largest = bench_bounds.product_share(one.chunk, lambda: one.chunks(1))
+    limit = bench_bounds.bound(trainer.program.cfg.model, n_rows, n_params, taken)
+    share, largest = bench_bounds.product_share(trainer.chunk, lambda: trainer.chunks(1))
     times = spread("of_bound", 1000 * seconds / limit["bound_ms"])
-    used = one.program.seams.products
+    used = trainer.program.seams.products
     return limit | times | {"products": used, "product_share": round(share, 3), "costs": largest}
 
 
-def take_turns(one: Trainer, two: Trainer, most: int) -> dict[str, np.ndarray]:
+def take_turns(trainer: Trainer, two: Trainer, most: int) -> dict[str, np.ndarray]:
     """Seconds of everything that is ours, round by round."""
-    single_steps = make_single_steps(one.program)
-    seams = replace(one.program.seams, products=products.PLAIN)
-    plain = one if seams == one.program.seams else start(replace(one.program, seams=seams))
+    single_steps = make_single_steps(trainer.program)
+    seams = replace(trainer.program.seams, products=products.PLAIN)
+    plain = (
+        trainer if seams == trainer.program.seams else start(replace(trainer.program, seams=seams))
+    )
 
     def singles():
-        leaves, tree = jax.tree.flatten(one.batches(1)[0])
+        leaves, tree = jax.tree.flatten(trainer.batches(1)[0])
         steps = [jax.tree.unflatten(tree, [x[:, k] for x in leaves]) for k in range(K)]
-        return one.window(single_steps, steps)
+        return trainer.window(single_steps, steps)
 
     with contextlib.ExitStack() as stack:
         recorders = []
         for _ in range(2):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
-            recorders.append(Recorder(one.program, Path(folder), 0))
+            recorders.append(Recorder(trainer.program, Path(folder), 0))
             stack.callback(recorders[-1].close)
         moves = {
-            "chunk": lambda: one.chunks(1),
-            "evaluation": one.evaluation,
-            "large": one.large_block,
+            "chunk": lambda: trainer.chunks(1),
+            "evaluation": trainer.evaluation,
+            "large": trainer.large_block,
             "singles": singles,
             "plain": lambda: plain.chunks(1),
             "two": lambda: two.chunks(1),
-            "alone": lambda: one.chunks(LOOP_CHUNKS),
-            "loop": lambda: one.loop(LOOP_CHUNKS, recorders[0]),
-            "host": lambda: one.host(recorders[1]),
+            "alone": lambda: trainer.chunks(LOOP_CHUNKS),
+            "loop": lambda: trainer.loop(LOOP_CHUNKS, recorders[0]),
+            "host": lambda: trainer.host(recorders[1]),
         }
-        return bench.rounds(moves | bounds_of(one), most)
+        return bench.rounds(moves | bounds_of(trainer), most)
 
 
 def measure_peers(ours: Trainer, names: Sequence[str], most: int, rows: bench.Rows) -> None:
@@ -245,20 +247,20 @@ def run_shares(planned: RunConfig, seconds: dict[str, float]) -> dict[str, float
 
 def table(rows: list[dict]) -> str:
     """The rows in words, with [smallest, largest] over the rounds."""
-    lines = [
+    text_lines = [
         f"{LABELS[row['benchmark']]:62} {show(row, 'ms', 'ms'):28} "
         f"{show(row, 'ratio', 'x')}{show(row, 'share', '%', 100)}".rstrip()
         for row in rows
     ]
     for row in rows:
         if "compile_s" in row:
-            lines.append(
+            text_lines.append(
                 f"R={row['R']}: {row['tokens_per_second']:,} tokens/s per replicate; lowering "
                 f"{row['lower_s']} s, compiling {row['compile_s']} s; {row['memory_mb']} MB"
             )
         if "bound_ms" in row:
             costs = ", ".join(f"{kind} {share:.1%}" for kind, share in row["costs"])
-            lines.append(
+            text_lines.append(
                 f"{show(row, 'of_bound', 'x the bound')} of {row['bound_ms']} ms: products "
                 f"({row['gflop']} GFLOP) {row['bound_products_ms']}, Adam ({row['adam_mb']} MB at "
                 f"{row['copy_gb_per_s']} GB/s) {row['bound_adam_ms']}; BitLinear: "
@@ -266,12 +268,12 @@ def table(rows: list[dict]) -> str:
                 f"costs by a trace: {costs}"
             )
         if "ours_loss" in row:
-            lines.append(
+            text_lines.append(
                 f"{row['benchmark']}: layout {row['layout']}, {row['dtype']}; loss after "
                 f"{row['steps']} steps {row['loss']:.3f}, ours {row['ours_loss']:.3f}; with our "
                 f"evaluation {show(row, 'ratio_with_evaluation', 'x')}"
             )
-    return "\n".join(lines)
+    return "\n".join(text_lines)
 
 
 def spending(rows: list[dict], preset: str, planned: RunConfig) -> str:
@@ -311,22 +313,22 @@ def measure(args: Namespace) -> None:
     print(rows.heading(), flush=True)
     try:
         check_time(n_params, cfg)
-        one = start(program)
+        trainer = start(program)
         if args.brief:
-            measure_step(one, args.rounds, rows)
+            measure_step(trainer, args.rounds, rows)
         else:
             two = start(programs.build(cfg, replicates))
-            measure_ours(one, two, args.rounds, rows, asked.run)
+            measure_ours(trainer, two, args.rounds, rows, asked.run)
             del two
         peer_cfg = replace(cfg, model=replace(cfg.model, layout="b158"))
         if reason := bench_peer.why_none(peer_cfg.model):
             raise Skipped(f"torch: {reason}")
         check_memory(2 * rows.rows[0]["memory_mb"], n_params)
         if peer_cfg == cfg:
-            one.restart()
+            trainer.restart()
         else:
-            one = start(programs.build(peer_cfg, replicates[:1]))
-        measure_peers(one, bench_peer.ways(compiled=args.compiled), args.rounds, rows)
+            trainer = start(programs.build(peer_cfg, replicates[:1]))
+        measure_peers(trainer, bench_peer.ways(compiled=args.compiled), args.rounds, rows)
     except Skipped as reason:
         print(f"not measured: {reason}")
     if rows.rows:

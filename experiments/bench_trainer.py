@@ -143,13 +143,13 @@ def compile_chunk(program: Program, state: TrainState) -> tuple[Callable, dict[s
 def make_single_steps(program: Program):
     """Return move(state, batches) -> state with a dispatch for every batch [R, B]."""
 
-    def one(state, hyper, shared, batch):
+    def step(state, hyper, shared, batch):
         tokens_N, unigram_V = shared
         if not isinstance(batch, Batch):
             batch = program.windows.cut(batch, tokens_N)
         return train.train_step(program.cfg, program.seams, state, hyper, batch, unigram_V)[0]
 
-    step_R = train.over_replicates(one, len(program.replicates))
+    step_R = train.over_replicates(step, len(program.replicates))
     compiled = jax.jit(step_R, donate_argnums=0, out_shardings=program.state_sharding)
     shared = program.train_N, program.evals.unigram_V
 

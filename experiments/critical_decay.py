@@ -121,22 +121,22 @@ def train(request: Request, arms_: list[Arm], measure=None, predicting=False) ->
     `predicting` runs none, but writes what is predicted of them, and ends the process.
     """
     del measure
-    wanted, made = arms.chosen(request, arms_), []
+    wanted, all_rows = arms.chosen(request, arms_), []
     for point in dict.fromkeys(edges.split(arm.name)[0] for arm in wanted):
         mine = [arm for arm in wanted if edges.split(arm.name)[0] == point]
         if predicting:
             keep(point, edges.predict(request, mine))
         for group in [] if predicting else arms.groups(request, mine):
-            of_group = there(request, group)
+            of_group = written_rows(request, group)
             if len(of_group) < len(group.replicates):
                 print(f"{point}: {len(group.replicates)} replicates", flush=True)
                 of_group = lean.train_rows(group, request.preset)
                 rows.append(request.name, of_group)
                 print(f"{point}: {of_group[0]['seconds'] * len(of_group):.0f} s", flush=True)
-            made += of_group
+            all_rows += of_group
     if predicting:
         sys.exit(0)
-    return made
+    return all_rows
 
 
 def keep(point: str, predicted: dict) -> None:
@@ -145,7 +145,7 @@ def keep(point: str, predicted: dict) -> None:
     log.write_json(PREDICTED, known | {point: predicted})
 
 
-def there(request: Request, group: arms.Group) -> list[dict]:
+def written_rows(request: Request, group: arms.Group) -> list[dict]:
     """Rows of a group that are written already."""
     wanted = {(rep.name, rep.seed) for rep in group.replicates}
     known = log.read_rows(rows.FOLDER / f"{request.name}.jsonl")

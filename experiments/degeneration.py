@@ -105,25 +105,25 @@ CLAIMS = (
 
 
 def show(df, exhibits) -> None:
-    there = list(dict.fromkeys(df["arm"]))
+    arms = list(dict.fromkeys(df["arm"]))
     exhibits.table(df, title="Teacher-forced, at the last step")
-    lines, differences, dots = [], [], []
-    for arm in there:
+    table_rows, differences, dots = [], [], []
+    for arm in arms:
         for way in WAYS:
-            found = [mean(df, arm, column(way, key)).text(spec) for key, _, spec in NUMBERS]
-            lines.append([f"{arm}, {way}", *found])
+            cells = [mean(df, arm, column(way, key)).text(spec) for key, _, spec in NUMBERS]
+            table_rows.append([f"{arm}, {way}", *cells])
             more = [signed(excess(df, arm, way, key), spec) for key, _, spec in NUMBERS]
             differences.append([f"{arm}, {way}", *more])
         dots.append((arm, {way: triple(mean(df, arm, column(way))) for way in WAYS}))
     text = {key: df[column("text", key)].iloc[0] for key, _, _ in NUMBERS}
-    lines.append(["the text", *(f"{text[key]:{spec}}" for key, _, spec in NUMBERS)])
+    table_rows.append(["the text", *(f"{text[key]:{spec}}" for key, _, spec in NUMBERS)])
     heads = ["recipe and decoding", *(title for _, title, _ in NUMBERS)]
     note = (
         f"{N_PROMPTS} beginnings of {N_PROMPT} tokens, {N_NEW} new tokens each (fewer before an end"
         " of text); mean [95 % t interval] over seeds. A loop repeats its last p tokens over at "
         "least 4p tokens to the end."
     )
-    exhibits.grid("Free-running", heads, lines, note)
+    exhibits.grid("Free-running", heads, table_rows, note)
     exhibits.grid("Less the text's own", heads, differences)
     svg = charts.dot_plot(
         dots,

@@ -53,10 +53,10 @@ def measure(run) -> dict[str, list]:
 
 
 def lengths(df, arm: str) -> list[int]:
-    found = sorted(set(df["steps"][df["arm"] == arm]))
-    if not found:
+    steps = sorted(set(df["steps"][df["arm"] == arm]))
+    if not steps:
         raise NotEnough(f"no rows of {arm}")
-    return found
+    return steps
 
 
 def always(df, arms: tuple[str, ...], first: int = 0) -> bool:
@@ -68,8 +68,8 @@ def always(df, arms: tuple[str, ...], first: int = 0) -> bool:
 
 def never(df, arms: tuple[str, ...], *, shortest: bool = False) -> bool:
     """Whether no seed of the arms has learned, at any length or at the shortest."""
-    there = lengths(df, COUPLED)[: 1 if shortest else None]
-    return not any(ended(df, arm, t).any() for arm in arms for t in there)
+    steps = lengths(df, COUPLED)[: 1 if shortest else None]
+    return not any(ended(df, arm, t).any() for arm in arms for t in steps)
 
 
 def more_distinct_late(df) -> bool:
@@ -153,11 +153,11 @@ CLAIMS = (
 )
 
 
-def lines(df, steps: int) -> list[list[str]]:
+def line_effects(df, steps: int) -> list[list[str]]:
     """What each line changed gives at a length."""
-    there = df[df["steps"] == steps]
-    found = []
-    for arm in (x for x in (COUPLED, *LINES, PUBLISHED) if x in set(there["arm"])):
+    at_length = df[df["steps"] == steps]
+    table_rows = []
+    for arm in (x for x in (COUPLED, *LINES, PUBLISHED) if x in set(at_length["arm"])):
         numbers = [
             mean(df, arm, key, steps).text(spec)
             for key, spec in ((LOSS, ".2f"), (ENTROPY, ".2f"), (MUTUAL_INFORMATION, ".3f"))
@@ -165,15 +165,15 @@ def lines(df, steps: int) -> list[list[str]]:
         effect = "" if arm == COUPLED else change(df, arm, COUPLED, LOSS, steps)
         good = learned(of(df, arm, steps))
         severe = severe_share(df, arm, steps).text(".1%")
-        found.append([arm, *numbers, effect, f"{good.sum()} of {len(good)}", severe])
-    return found
+        table_rows.append([arm, *numbers, effect, f"{good.sum()} of {len(good)}", severe])
+    return table_rows
 
 
 def show(df, exhibits) -> None:
     heads = ["one line changed", "loss", "entropy", "context MI", "change", "learned", "severe"]
     note = f"Change: paired with {COUPLED}; severe: share of all evaluations."
     for steps in lengths(df, COUPLED):
-        exhibits.grid(f"Which line ends it, {steps} steps", heads, lines(df, steps), note)
+        exhibits.grid(f"Which line ends it, {steps} steps", heads, line_effects(df, steps), note)
     columns = (
         *(LOSS, ENTROPY, LOGIT_STD, DISTINCT),
         ("unique_stage1", "distinct, stage 1", ".1f"),

@@ -149,17 +149,17 @@ CLAIMS = (
 
 
 def show(df, exhibits) -> None:
-    lines = []
+    table_rows = []
     for factor, (before, after) in FACTORS.items():
         for kind, effect in (("alone", alone), ("averaged", averaged)):
             cells = [signed(effect(df, factor, key), metric(key).format) for key in OUTCOMES]
-            lines.append([f"{factor}: {before} to {after}, {kind}", *cells])
-    exhibits.grid("Effects", ["change", *(metric(key).title for key in OUTCOMES)], lines)
-    lines = [[amount, signed(interaction(df, amount), ".2f")] for amount in FACTORS["amount"]]
+            table_rows.append([f"{factor}: {before} to {after}, {kind}", *cells])
+    exhibits.grid("Effects", ["change", *(metric(key).title for key in OUTCOMES)], table_rows)
+    table_rows = [[amount, signed(interaction(df, amount), ".2f")] for amount in FACTORS["amount"]]
     note = (
         "What decoupling changes of the ternary model's loss, less what it does in full precision."
     )
-    exhibits.grid("Ternary weights x coupling", ["amount of decay", "nats"], lines, note)
+    exhibits.grid("Ternary weights x coupling", ["amount of decay", "nats"], table_rows, note)
     shown = df[df["arm"].isin([", ".join(REPORT), ", ".join(HEALTHY), *RIVALS])]
     exhibits.table(shown, (*OUTCOMES, ("above_1.1/all", "|w| > 1.1", ",.0f")), title="Rivals")
     exhibits.table(df)

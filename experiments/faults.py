@@ -116,15 +116,15 @@ ARMS = tuple(fault.arm for fault in FAULTS)
 
 def train(request: Request, arms: list[Arm], measure) -> list[dict]:
     """Rows of the healthy seeds, and of each fault from the first seed, with its code in place."""
-    wanted, made = chosen(request, arms), []
+    wanted, rows = chosen(request, arms), []
     check_free(request, wanted)
     for arm in wanted:
         seeds = request.seeds if arm.name == HEALTHY else request.seeds[:1]
-        one = dataclasses.replace(request, only=(), recipes=(), seeds=seeds)
+        of_arm = dataclasses.replace(request, only=(), recipes=(), seeds=seeds)
         with BY_ARM[arm.name].patch:
-            for group in groups(one, [arm]):
-                made += train_group(one, group, functools.partial(measure, seams=group.seams))
-    return made
+            for group in groups(of_arm, [arm]):
+                rows += train_group(of_arm, group, functools.partial(measure, seams=group.seams))
+    return rows
 
 
 def measure(run, seams: Seams) -> dict[str, list]:
@@ -184,15 +184,15 @@ CLAIMS = (
 
 
 def show(df, exhibits) -> None:
-    lines, harm = [], harmful(df).index
+    table_rows, harm = [], harmful(df).index
     for i, row in df.iterrows():
-        found = ", ".join(f"{x['name']} ({x['score']:.2f})" for x in row["causes"][:2])
+        named = ", ".join(f"{x['name']} ({x['score']:.2f})" for x in row["causes"][:2])
         does = "" if row["arm"] == HEALTHY else "yes" if i in harm else "no"
         right = ("yes" if is_named(row) else "no") if i in harm else ""
-        lines.append([row["arm"], str(row["seed"]), f"{row[LOSS]:.3f}", does, found, right])
+        table_rows.append([row["arm"], str(row["seed"]), f"{row[LOSS]:.3f}", does, named, right])
     heads = ["fault", "seed", "held-out loss", "does harm", "first causes", "right"]
     note = "Harm: a loss above the 95 % prediction interval of one more healthy run."
-    exhibits.grid("What triage names", heads, lines, note)
+    exhibits.grid("What triage names", heads, table_rows, note)
 
 
 if __name__ == "__main__":

@@ -78,19 +78,19 @@ def train(request: Request, arms: list[Arm], measure) -> list[dict]:
     """Rows of the runs that are not stopped and of the chosen arms, which continue them."""
     wanted = chosen(request, arms)
     check_free(request, wanted)
-    made = []
+    all_rows = []
     for group in groups(dataclasses.replace(request, only=(UNFORKED,)), arms):
-        found = train_group(request, group, measure, keep=True)
+        rows_ = train_group(request, group, measure, keep=True)
         source, step = place(request, group), group.cfg.run.boundary
         prepare = functools.partial(begin_log, source=source, step=step)
         for fork in FORKS:
             if any(arm.name.endswith(f" {fork}") for arm in wanted):
-                found += train_group(request, forked(group, source, fork), measure, prepare=prepare)
-        if wrong := differing(rows.frame(found)):
+                rows_ += train_group(request, forked(group, source, fork), measure, prepare=prepare)
+        if wrong := differing(rows.frame(rows_)):
             raise RunFailed(f"restored at the boundary, {wrong[0]} differs from the run itself")
-        made += found
+        all_rows += rows_
     order = {arm.name: i for i, arm in enumerate(arms)}
-    return sorted(made, key=lambda row: (order[row["arm"]], row["seed"]))
+    return sorted(all_rows, key=lambda row: (order[row["arm"]], row["seed"]))
 
 
 def forked(group: Group, source: Path, fork: str) -> Group:
@@ -124,12 +124,12 @@ def begin_log(workdir: Path, source: Path, step: int) -> None:
 def differing(df) -> list[str]:
     """Arms and seeds whose restored stage 2 is not that of the run that was not stopped."""
     keys = ["fingerprint/rows", "fingerprint/state"]
-    found = []
+    labels = []
     for kind in (x for x in KINDS if f"{x} {STAGE_2}" in set(df["arm"])):
         restored, whole = (of(df, f"{kind} {x}")[keys] for x in (STAGE_2, UNFORKED))
         wrong = (restored != whole.loc[restored.index]).any(axis=1)
-        found += [f"{kind} {STAGE_2}, seed {seed}" for seed in wrong.index[wrong]]
-    return found
+        labels += [f"{kind} {STAGE_2}, seed {seed}" for seed in wrong.index[wrong]]
+    return labels
 
 
 def effect(df, kind: str, fork: str):
@@ -177,12 +177,12 @@ CLAIMS = (
 
 def show(df, exhibits) -> None:
     columns = [(f"boundary/{key}", metric(key).title, metric(key).format) for key in BOUNDARY_KEYS]
-    lines = [
+    table = [
         [kind, *(mean(df, f"{kind} {UNFORKED}", key).text(spec) for key, _, spec in columns)]
         for kind in KINDS
     ]
-    lines.append(["coupled - decoupled", *(signed(before(df, k), spec) for k, _, spec in columns)])
-    exhibits.grid("At the stage boundary", ["recipe", *(title for _, title, _ in columns)], lines)
+    table.append(["coupled - decoupled", *(signed(before(df, k), spec) for k, _, spec in columns)])
+    exhibits.grid("At the stage boundary", ["recipe", *(title for _, title, _ in columns)], table)
     arms = df[~df["arm"].str.endswith(UNFORKED)]
     exhibits.table(arms)
     pairs = [(f"{k} {x}", f"{k} {CONTINUED}") for k in KINDS for x in FORKS if x != CONTINUED]

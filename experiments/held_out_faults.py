@@ -57,27 +57,27 @@ CONTROL = "healthy, rate as published"
 
 def train(request: Request, arms_: list[Arm], measure) -> list[dict]:
     """Rows of the faults and of their controls, one program, then of the other healthy runs."""
-    wanted, made = arms.chosen(request, arms_), []
+    wanted, rows = arms.chosen(request, arms_), []
     arms.check_free(request, wanted)
     if any(arm.seams is PLANTED for arm in wanted):
         with planted.in_place():
-            made += train_group(request, planted_group(request, wanted), measure)
+            rows += train_group(request, planted_group(request, wanted), measure)
     short = dataclasses.replace(request, only=(), recipes=(), seeds=request.seeds[:SEEDS])
     others = [arm for arm in wanted if arm.seams is not PLANTED]
     for group in arms.groups(short, others) if others else ():
-        made += train_group(short, group, measure)
-    return made
+        rows += train_group(short, group, measure)
+    return rows
 
 
 def planted_group(request: Request, wanted: list[Arm]) -> Group:
     """Each fault from its seed and each control from all, as one program."""
-    made, bases = [], []
+    replicates, bases = [], []
     for arm in (arm for arm in wanted if arm.seams is PLANTED):
         seeds = [FAULTS[arm.name][2]] if arm.name in FAULTS else request.seeds
         cfg, reps, base = arms.replicates(dataclasses.replace(request, seeds=seeds), arm, 1)
-        made += reps
+        replicates += reps
         bases += [base] * len(reps)
-    return Group(cfg, arms.with_same_extra(made), bases, PLANTED)
+    return Group(cfg, arms.with_same_extra(replicates), bases, PLANTED)
 
 
 def is_healthy(df):
@@ -165,26 +165,26 @@ CLAIMS = (
 
 
 def show(df, exhibits) -> None:
-    lines = []
+    table_rows = []
     for _, row in df[~is_healthy(df)].iterrows():
         harm = row.name in harmful(df).index
         right = " or ".join(FAULTS[row["arm"]][1]) or "any alarm"
         cells = [row[VERDICT], first(row), "yes" if harm else "no", outcome(row)]
-        lines.append([row["arm"], right, f"{row[HELD_OUT_LOSS]:.3f}", *cells])
+        table_rows.append([row["arm"], right, f"{row[HELD_OUT_LOSS]:.3f}", *cells])
     heads = ["fault", "right", "held-out loss", "verdict", "first cause", "harm", "outcome"]
     note = "Harm: a loss above the 95 % prediction interval of one more healthy run."
-    if lines:
-        exhibits.grid("Held-out faults, one run each", heads, lines, note)
-    lines = []
+    if table_rows:
+        exhibits.grid("Held-out faults, one run each", heads, table_rows, note)
+    table_rows = []
     for arm, rows in df[is_healthy(df)].groupby("arm", sort=False):
         alarms = [x for x in rows[VERDICT] if verdict.LABELS[x].severity == verdict.ALARM]
-        named = [found[0]["name"] if found else "" for found in rows["causes"] if found is not None]
+        named = [hits[0]["name"] if hits else "" for hits in rows["causes"] if hits is not None]
         losses = f"{rows[HELD_OUT_LOSS].min():.2f} to {rows[HELD_OUT_LOSS].max():.2f}"
         cells = [str(len(rows)), losses, f"{rows['unigram'].mean():.2f}", ", ".join(alarms) or "0",
                  str(len(named)), ", ".join(filter(None, named)) or "0"]  # fmt: skip
-        lines.append([arm, *cells])
+        table_rows.append([arm, *cells])
     heads = ["", "runs", "held-out loss", "unigram", "alarms", "seen by triage", "causes"]
-    exhibits.grid("Healthy runs", heads, lines)
+    exhibits.grid("Healthy runs", heads, table_rows)
 
 
 if __name__ == "__main__":

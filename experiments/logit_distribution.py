@@ -49,17 +49,17 @@ SOFTMAX = (
 def measure(run) -> dict[str, list]:
     """Numbers of `logits.describe` at initialisation and at every kept step."""
     held_out = data.small_block(run.cfg.data, data.held_out_windows(run.cfg.data, run.tokens))
-    steps, found = [0, *run.kept_steps], [[] for _ in run.replicates]
+    steps, by_replicate = [0, *run.kept_steps], [[] for _ in run.replicates]
     for step in steps:
         params = run.states_at(step).params
         for i, rep in enumerate(run.replicates):
             args = run.cfg.model, run.replicate(params, i), train.at_step(rep.hyper, step)
             z_NBLV = np.stack([forward(*args, inputs_BL) for inputs_BL in held_out.inputs])
-            found[i].append(logits.describe(z_NBLV.reshape(-1, z_NBLV.shape[-1])))
+            by_replicate[i].append(logits.describe(z_NBLV.reshape(-1, z_NBLV.shape[-1])))
     return {
         "logits": [
             {"step": steps} | {k: [float(f"{x[k]:.5g}") for x in numbers] for k in numbers[0]}
-            for numbers in found
+            for numbers in by_replicate
         ]
     }
 
@@ -150,26 +150,26 @@ CLAIMS = (
 
 
 def show(df, exhibits) -> None:
-    there, known = list(dict.fromkeys(df["arm"])), df["references"].iloc[0]
-    lines = [
+    arms, known = list(dict.fromkeys(df["arm"])), df["references"].iloc[0]
+    table_rows = [
         [arm, *(interval(x[-1] for x in of(df, arm)[f"logits/{key}"]).text(spec)
                 for key, spec in LOGITS)]
-        for arm in there
+        for arm in arms
     ]  # fmt: skip
     note = ("std: over the vocabulary. gaussian_entropy: ln V - std^2 / 2. gap: of the first two. "
             "shared: the part of the variance that no context changes, context_std the rest. "
             "bimodality: above 0.56 several modes, or strong skewness.")  # fmt: skip
-    exhibits.grid("Logits at the last step", ["arm", *(key for key, _ in LOGITS)], lines, note)
-    lines = [
+    exhibits.grid("Logits at the last step", ["arm", *(key for key, _ in LOGITS)], table_rows, note)
+    table_rows = [
         [f"{arm}, {dtype}", *(f"{max(x[-1] for x in of(df, arm)[f'logits/{dtype}/{key}']):{spec}}"
                               for key, spec in SOFTMAX)]
-        for arm in there
+        for arm in arms
         for dtype in ("float32", "bfloat16")
     ]  # fmt: skip
     note = "The largest over seeds, at the last step; training and evaluation use float32."
-    exhibits.grid("Is softmax accurate?", ["in", *(key for key, _ in SOFTMAX)], lines, note)
+    exhibits.grid("Is softmax accurate?", ["in", *(key for key, _ in SOFTMAX)], table_rows, note)
     half = int(df["steps"].iloc[0]) // 2
-    curves = {arm: means(df, arm) for arm in there}
+    curves = {arm: means(df, arm) for arm in arms}
     series = [
         charts.Series(label, x["step"], x[key])
         for arm, x in curves.items()

@@ -84,8 +84,8 @@ def half_steps(df) -> np.ndarray:
     bound = config["model"]["d_model"] ** -0.5
     predicted = shrink.half_spread_step(*rows.schedule(config), bound)
     spreads = [(np.array(c["step"]), np.array(c[LOGIT_STD]) / c[LOGIT_STD][0]) for c in df["curve"]]
-    found = np.array([trajectory.half_step(*spread) for spread in spreads], float)
-    return found / (np.nan if predicted is None else predicted)
+    measured = np.array([trajectory.half_step(*spread) for spread in spreads], float)
+    return measured / (np.nan if predicted is None else predicted)
 
 
 def count_alone_recovers(df) -> bool:

@@ -55,8 +55,8 @@ def check(cfg: Config) -> None:
 
 
 def measure(run) -> dict[str, list]:
-    found = [against_law(run, i) for i in range(len(run.replicates))]
-    return {"shrink": found, "above_1.1": large_weights(run)}
+    by_replicate = [against_law(run, i) for i in range(len(run.replicates))]
+    return {"shrink": by_replicate, "above_1.1": large_weights(run)}
 
 
 def against_law(run, i: int) -> dict:
@@ -99,8 +99,8 @@ def distance(df, arm: str) -> np.ndarray:
 
 def off(df, arm: str, measured: str, predicted: str) -> float:
     """Largest relative distance of a number from its prediction; NaN where a seed lacks one."""
-    found = each(df, arm, measured) / each(df, arm, predicted) - 1
-    return float(found.abs().max(skipna=False))
+    errors = each(df, arm, measured) / each(df, arm, predicted) - 1
+    return float(errors.abs().max(skipna=False))
 
 
 def off_step(df, arm: str) -> float:
@@ -178,13 +178,13 @@ def show(df, exhibits) -> None:
     exhibits.table(df, columns, title="The law and the log")
     shares = [(f"shrink/mean_share/{g}", f"{g}: decay's part", ".1%") for g in GROUPS]
     exhibits.table(df, (LOSS, MUTUAL_INFORMATION, LOGIT_STD, *shares), control=DECOUPLED)
-    there, half = set(df["arm"]), int(df["steps"].iloc[0]) // 2
+    all_arms, half = set(df["arm"]), int(df["steps"].iloc[0]) // 2
     for arms in ((COUPLED, SHORT, LONG), (COUPLED, LESS, LEAST, MORE)):
-        arms = [arm for arm in arms if arm in there]
+        arms = [arm for arm in arms if arm in all_arms]
         spreads = [x for arm in arms for x in curves(df, arm, "spread", "measured", arm)]
         laws = [x for arm in arms for x in curves(df, arm, "spread", "law", "law")[:1]]
         exhibits.panels([charts.Panel([*spreads, *laws], "Logit spread", "share of the first")])
-    for arm in [arm for arm in (COUPLED, DECOUPLED) if arm in there]:
+    for arm in [arm for arm in (COUPLED, DECOUPLED) if arm in all_arms]:
         parts = [x for group in GROUPS for x in curves(df, arm, "share", group, group)]
         exhibits.panels([charts.Panel(parts, f"{arm}: decay's part of updates", "share", half)])
 

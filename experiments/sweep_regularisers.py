@@ -118,18 +118,18 @@ CLAIMS = (
 
 def p_values(df) -> dict[str, float]:
     """Holm-adjusted p of every change of the loss that has rows, by paired t tests."""
-    there = [(a, b) for a, b in PAIRS if {a, b} <= set(df["arm"])]
-    changes = [(values(df, a, LOSS) - values(df, b, LOSS)).dropna() for a, b in there]
+    pairs = [(a, b) for a, b in PAIRS if {a, b} <= set(df["arm"])]
+    changes = [(values(df, a, LOSS) - values(df, b, LOSS)).dropna() for a, b in pairs]
     p = [float(scipy.stats.ttest_1samp(change, 0.0).pvalue) for change in changes]
-    return dict(zip((a for a, _ in there), holm(p), strict=True))
+    return dict(zip((a for a, _ in pairs), holm(p), strict=True))
 
 
 def show(df, exhibits) -> None:
     keys = (LOSS, MUTUAL_INFORMATION, DISTINCT, GREEDY_REP_4)
     exhibits.differences(df, PAIRS, keys, "Against the same recipe without")
     if seeds(df) >= SEEDS:
-        lines = [[arm, f"{p:.3f}"] for arm, p in p_values(df).items()]
-        exhibits.grid("The change of the loss", ["arm", "p (Holm)"], lines, "Paired t tests.")
+        table_rows = [[arm, f"{p:.3f}"] for arm, p in p_values(df).items()]
+        exhibits.grid("The change of the loss", ["arm", "p (Holm)"], table_rows, "Paired t tests.")
     exhibits.table(df)
     exhibits.dots(df, LOSS)
     exhibits.dots(df, MUTUAL_INFORMATION)

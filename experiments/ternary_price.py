@@ -76,14 +76,14 @@ CLAIMS = (
 def show(df, exhibits) -> None:
     heads = ["width", *(f"{steps} steps" for steps in lengths(df))]
     prices = {w: [price(df, w, steps) for steps in lengths(df)] for w in WIDTHS}
-    cells = [[w, *(signed(x, ".3f") for x in found)] for w, found in prices.items()]
+    cells = [[w, *(signed(x, ".3f") for x in by_length)] for w, by_length in prices.items()]
     note = "Held-out loss, nats: ternary less full precision, paired; 95 % intervals over seeds."
     exhibits.grid("The price", heads, cells, note)
     for steps in lengths(df):
         exhibits.table(df[df["steps"] == steps], title=f"{steps} steps")
     dots = [
-        (w, {f"{t} steps": triple(x) for t, x in zip(lengths(df), found, strict=True)})
-        for w, found in prices.items()
+        (w, {f"{t} steps": triple(x) for t, x in zip(lengths(df), by_length, strict=True)})
+        for w, by_length in prices.items()
     ]
     svg = charts.dot_plot(
         dots, title="Price of ternary weights", references=[("none", 0.0)], xlabel="nats"

@@ -73,10 +73,10 @@ def measure(run, base: int) -> dict[str, list]:
 
 def lengths(df) -> list[int]:
     """The shortest length and its multiples; raises NotEnough where one is not there."""
-    found = [times * int(df["steps"].min()) for times in TIMES]
-    if not set(found) <= set(df["steps"]):
+    steps = [times * int(df["steps"].min()) for times in TIMES]
+    if not set(steps) <= set(df["steps"]):
         raise NotEnough(f"lengths {sorted(set(df['steps']))}")
-    return found
+    return steps
 
 
 def at_step(df, arm: str, steps: int, step: int, key: str):
@@ -158,18 +158,18 @@ CLAIMS = (
 
 
 def show(df, exhibits) -> None:
-    lines = []
+    table_rows = []
     for kind, steps in itertools.product(KINDS, lengths(df)):
         numbers = ("unique_stage1", "unique_stage2", "cut_log/unique")
-        found = [mean(df, kind, key, steps).text(".1f") for key in numbers]
+        cells = [mean(df, kind, key, steps).text(".1f") for key in numbers]
         severe = severe_share(df, kind, steps).text(".1%")
         train_loss = mean(df, kind, "cut_log/train_loss", steps).text()
-        lines.append([f"{kind}, {steps} steps", *found, severe, train_loss])
+        table_rows.append([f"{kind}, {steps} steps", *cells, severe, train_loss])
     heads = ["distinct, stage 1", "stage 2", "cut log", "severe", "cut log: training loss"]
-    exhibits.grid("The report's statistics", ["run", *heads], lines)
+    exhibits.grid("The report's statistics", ["run", *heads], table_rows)
     exhibits.table(df, KEYS)
     ways = {"at the ends": longer, "at the same step": same_step, "at equal rates": same_rate}
-    lines = [
+    table_rows = [
         [f"{kind}, {long} - {short}",
          *(signed(way(df, kind, key, short, long), metric(key).format)
            for key in (LOSS, DISTINCT) for way in ways.values())]
@@ -177,7 +177,7 @@ def show(df, exhibits) -> None:
     ]  # fmt: skip
     heads = [f"{name} {way}" for name in ("loss", "distinct") for way in ways]
     note = "Where the shorter run ends; rates: at equal summed learning rate, between evaluations."
-    exhibits.grid("Longer less shorter", ["runs", *heads], lines, note)
+    exhibits.grid("Longer less shorter", ["runs", *heads], table_rows, note)
     marks = tuple((name, df[name].iloc[0]) for name in PREDICTORS)
     for key in (LOSS, DISTINCT):
         panels = []
@@ -186,8 +186,8 @@ def show(df, exhibits) -> None:
                 charts.Series(f"T = {row['steps']}", row["curve"]["step"], row["curve"][key])
                 for _, row in df[df["arm"] == kind].iterrows()
             ]
-            title, lines = f"{metric(key).title}, {kind}", marks if key == LOSS else ()
-            panels.append(charts.Panel(series, title, metric(key).unit, references=lines))
+            title, references = f"{metric(key).title}, {kind}", marks if key == LOSS else ()
+            panels.append(charts.Panel(series, title, metric(key).unit, references=references))
         exhibits.panels(panels, "One line per seed.")
 
 

@@ -77,11 +77,11 @@ def train(request: Request, arms: list[Arm], measure: Measure | None) -> list[di
     continued = wanted - {arm.name for arm in FROM_RANDOM}
     first = [arm for arm in FROM_RANDOM if arm.name in wanted or (continued and arm.name == DENSE)]
     request = replace(request, only=(), recipes=())
-    made = train_arms(request, first, measure, keep=True)
-    for row in [row for row in made if continued and row["arm"] == DENSE]:
+    rows = train_arms(request, first, measure, keep=True)
+    for row in [row for row in rows if continued and row["arm"] == DENSE]:
         started = [arm for arm in continuations(export(request, row)) if arm.name in continued]
-        made += train_arms(replace(request, seeds=[row["seed"]]), started, measure)
-    return made
+        rows += train_arms(replace(request, seeds=[row["seed"]]), started, measure)
+    return rows
 
 
 def given(cfg: Config) -> str | None:
@@ -133,11 +133,11 @@ def show(df, exhibits) -> None:
     exhibits.differences(df, pairs, (LOSS,), "At the last step")
     exhibits.table(df)
     exhibits.curves(df[df["arm"] != DENSE], title="Held-out loss after the start")
-    there = [x for x in (*starts, CEILING) if {x, DENSE} <= set(df["arm"])]
-    lines = [[x, rise(df, x).text("+.2f")] for x in there]
-    if lines:  # none beside a dense model from elsewhere
+    arms = [x for x in (*starts, CEILING) if {x, DENSE} <= set(df["arm"])]
+    table_rows = [[x, rise(df, x).text("+.2f")] for x in arms]
+    if table_rows:  # none beside a dense model from elsewhere
         exhibits.grid(
-            "Largest loss after the start, above the dense model's", ["arm", "nats"], lines
+            "Largest loss after the start, above the dense model's", ["arm", "nats"], table_rows
         )
 
 

@@ -51,7 +51,7 @@ def measure(run) -> dict[str, list]:
 
 def over_steps(history: list[dict[str, tuple[str, dict]]]) -> dict:
     """The numbers of one replicate from the sums of its tensors at every step."""
-    sums = [inspection.by_kind(found) for found in history]
+    sums = [inspection.by_kind(tensor_sums) for tensor_sums in history]
     ternary = [kind for kind in sums[0] if kind not in inspection.FULL_PRECISION]
     groups = {k: [k] for k in sums[0] if k not in ternary} | {"ternary": ternary}
     by_group = {
@@ -160,15 +160,15 @@ def show(df, exhibits) -> None:
         run = of(df, arm)
         steps, predicted = run["weights/step"].iloc[0], run["weights/predicted"].iloc[0]
         groups = [run[f"weights/counts/{g}/above_1.1"] for g in GROUPS]
-        lines = [
+        table = [
             [f"step {step}", *(interval(x[i] for x in group).text(",.0f") for group in groups),
              f"{predicted[i]:,}"]
             for i, step in enumerate(steps)
         ]  # fmt: skip
-        exhibits.grid(f"Weights above 1.1: {arm}", heads, lines)
-        lines = [[f"{kind}, step {steps[i]}", *(cell(x[i]) for x in means(run, kind, QUANTISED))]
+        exhibits.grid(f"Weights above 1.1: {arm}", heads, table)
+        table = [[f"{kind}, step {steps[i]}", *(cell(x[i]) for x in means(run, kind, QUANTISED))]
                  for kind in kinds for i in (0, -1)]  # fmt: skip
-        exhibits.grid(f"Matrices by kind: {arm}", ["", *QUANTISED], lines, note)
+        exhibits.grid(f"Matrices by kind: {arm}", ["", *QUANTISED], table, note)
         series = [charts.Series("measured", steps, curve) for curve in groups[0]]
         series.append(charts.Series("decay alone", steps, predicted))
         half = int(run["steps"].iloc[0]) // 2

@@ -299,7 +299,7 @@ def test_all_tests_of_a_sound_start_point_to_nothing_but_its_length(untied):
     measured, left_out = audit.measure(s)
     assert left_out == {} and all(np.isfinite(x) for x in measured.values())
     assert [f.name for f in causes.rank(measured)] == []
-    assert len(audit.lines(measured, left_out)) == len(audit.TESTS)
+    assert len(audit.terminal_lines(measured, left_out)) == len(audit.TESTS)
 
 
 def test_a_model_without_optimiser_and_start_has_these_tests_left_out(untied):
@@ -309,7 +309,7 @@ def test_a_model_without_optimiser_and_start_has_these_tests_left_out(untied):
     rest = (subject.OPTIMISER, subject.START)
     assert left_out == {t.name: t.needs[-1] for t in audit.TESTS if t.needs[-1] in rest}
     assert causes.rank(measured | {"overfit_loss": 9.0}) != []
-    assert any("left out" in line for line in audit.lines(measured, left_out))
+    assert any("left out" in line for line in audit.terminal_lines(measured, left_out))
 
 
 def test_a_folder_without_checkpoints_is_a_mistake(tmp_path):

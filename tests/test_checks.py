@@ -44,14 +44,14 @@ def failed(results) -> list[str]:
 def test_sound_code_passes_all_checks(small):
     results = checks.examine(small, replicate_of(small, "published"))
     assert failed(results) == [] and len(results) == len(checks.CHECKS)
-    assert checks.lines(results)[-1] == "all passed"
+    assert checks.terminal_lines(results)[-1] == "all passed"
 
 
 @pytest.mark.slow
 def test_coupled_decay_fails_the_decay_check_alone_and_a_negligible_one_none(small):
     results = checks.examine(small, replicate_of(small, "coupled"))
     assert failed(results) == ["decay"]
-    assert checks.lines(results)[-1] == "failed: norm after zero gradients"
+    assert checks.terminal_lines(results)[-1] == "failed: norm after zero gradients"
     harmless = checked(small, decoupled_1=0.0, coupled_1=1e-6)
     assert checks.decay(harmless).passed
 

@@ -48,9 +48,9 @@ def test_the_text_stands_below_the_recipes():
     df = make()
     shown = exhibits.Exhibits(df)
     study.show(df, shown)
-    lines = shown.tables[1].lines
-    assert len(lines) == 10 and lines[-1] == ["the text", "0.1", "0.10", "0.10", "0.10"]
-    assert shown.tables[2].lines[0][3] == "+0.85 [+0.85, +0.85]"
+    table_rows = shown.tables[1].rows
+    assert len(table_rows) == 10 and table_rows[-1] == ["the text", "0.1", "0.10", "0.10", "0.10"]
+    assert shown.tables[2].rows[0][3] == "+0.85 [+0.85, +0.85]"
 
 
 def test_every_way_of_decoding_is_measured_and_the_text_is_the_same_for_all(tiny):

@@ -141,7 +141,7 @@ def test_what_does_no_harm_is_not_judged():
     df = make()
     shown = exhibits.Exhibits(df)
     study.show(df, shown)
-    cells = {line[0]: line[3:] for line in shown.tables[0].lines}
+    cells = {row[0]: row[3:] for row in shown.tables[0].rows}
     assert cells["learning rate 10x high"] == ["no", "learning rate too high (1.00)", ""]
     assert cells["frozen head"] == ["yes", "output matrix not updated (1.00)", "yes"]
     assert cells[study.HEALTHY] == ["", "", ""]

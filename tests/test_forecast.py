@@ -172,7 +172,7 @@ def test_what_is_expected_depends_on_the_outcome_edge_and_its_error():
         assert forecast.expected(harmless) == "no collapse by decay"
         assert forecast.warning(harmless) is None
     assert forecast.expected(told(undecayed=4.9)) == "cannot tell"
-    assert "4.90" in "".join(forecast.lines(told(undecayed=4.9)))
+    assert "4.90" in "".join(forecast.terminal_lines(told(undecayed=4.9)))
     assert forecast.expected(told(undecayed=4.5)) == "collapse"
     assert "0.1" in forecast.warning(told()) and "\n" not in forecast.warning(told())
 

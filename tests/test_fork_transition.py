@@ -230,6 +230,6 @@ def test_tables_pair_every_arm_with_stage_1_continued():
     df = rows.frame(make())
     shown = exhibits.Exhibits(df)
     study.show(df, shown)
-    pairs = [line[0] for line in shown.tables[-1].lines]
+    pairs = [row[0] for row in shown.tables[-1].rows]
     assert len(pairs) == 8 and all(pair.endswith(CONTINUED) for pair in pairs)
-    assert shown.tables[0].lines[-1][1].startswith("+1.200")
+    assert shown.tables[0].rows[-1][1].startswith("+1.200")

@@ -186,9 +186,9 @@ def test_the_table_tells_how_each_fault_came_out():
     df = make(named={"second block not updated": "decay through Adam"})
     shown = exhibits.Exhibits(df)
     study.show(df, shown)
-    cells = {line[0]: line[-2:] for line in shown.tables[0].lines}
+    cells = {row[0]: row[-2:] for row in shown.tables[0].rows}
     assert cells["every batch twice"] == ["yes", "named"]
     assert cells["second block not updated"] == ["yes", "wrong name"]
     assert cells["optimiser state thrown away"] == ["yes", "found"]
     assert cells["dropout left on"] == ["no", "found"]
-    assert shown.tables[1].lines[0][:2] == [study.CONTROL, "4"]
+    assert shown.tables[1].rows[0][:2] == [study.CONTROL, "4"]

@@ -66,7 +66,7 @@ def test_inspection_of_an_unfinished_run(workdir, monkeypatch):
     counted = {"evaluations": 2, "severe": 2, "first_severe": 5, "first_complete": 10}
     assert found["course"] == counted and inspection.course(rows[:1]) is None
     assert not tokens["learned"] and any("not learned" in o for o in found["observations"])
-    assert found["observations"][0] in inspection.lines(found)[0]
+    assert found["observations"][0] in inspection.terminal_lines(found)[0]
 
     monkeypatch.setattr(restore, "saved_corpus", lambda *_: "another")
     other = inspection.inspect(str(folder))

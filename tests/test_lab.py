@@ -206,7 +206,7 @@ def test_a_length_of_few_seeds_decides_nothing_beside_one_of_enough(named):
     claim = Claim("all", "b is lower in every row", lambda df: set(df["steps"]) == {20}, TINY)
     (part,) = pages.analyse((claim,), lambda df, shown: shown.table(df), made + longer)
     assert (part.findings[0].status, part.findings[0].seeds) == (HOLDS, 3)
-    assert "b, 40 steps" in [line[0] for line in part.exhibits.tables[0].lines]
+    assert "b, 40 steps" in [row[0] for row in part.exhibits.tables[0].rows]
 
 
 def test_rows_of_another_width_leave_the_study_alone(named):
@@ -214,12 +214,12 @@ def test_rows_of_another_width_leave_the_study_alone(named):
     bad = make_rows({"a": [2.0, 2.1, 2.2], "b": [3.0, 3.1, 3.2]}, model__d_model=64)
     parts = pages.analyse((LOWER,), lambda df, shown: None, good + bad)
     findings = build.complete((LOWER,), parts)
-    assert [(f.is_told, f.status) for f in findings] == [(True, HOLDS), (False, FAILS)]
+    assert [(f.is_stated, f.status) for f in findings] == [(True, HOLDS), (False, FAILS)]
 
 
 def test_a_study_without_rows_is_not_decided(named):
     (finding,) = build.complete((LOWER,), [])
-    assert finding.is_told and finding.status == UNDECIDED
+    assert finding.is_stated and finding.status == UNDECIDED
 
 
 @pytest.mark.parametrize(("loss_of_b", "status"), [(1.0, 0), (3.0, 1)])
@@ -283,11 +283,11 @@ def test_a_table_has_a_line_per_arm_and_length_and_the_predictors():
     shown.dots(rows.frame(made))
     shown.curves(rows.frame(made))
     (table,) = shown.tables
-    names = [line[0] for line in table.lines]
+    names = [row[0] for row in table.rows]
     assert names == ["a, 20 steps", "b, 20 steps", "a, 40 steps", "bigram predictor",
                      "unigram predictor", "uniform predictor", "the text"]  # fmt: skip
-    assert table.lines[1][2] == "-1.00 [-1.00, -1.00]" and table.lines[4][1] == "4.000"
-    assert len({len(line) for line in [table.columns, *table.lines]}) == 1
+    assert table.rows[1][2] == "-1.00 [-1.00, -1.00]" and table.rows[4][1] == "4.000"
+    assert len({len(row) for row in [table.columns, *table.rows]}) == 1
     assert len(shown.figures) == 2
 
 

@@ -164,8 +164,8 @@ def test_the_command_prints_80_columns_and_says_estimate(bitnet, tmp_path, monke
 
 def test_idle_devices_are_told():
     made = planned(["run.recipes=published"], topology="gpu:8")  # a batch of 4
-    assert any("4 of 8 devices" in line for line in command_plan.lines(made))
-    assert json.dumps(command_plan.lines(made)).isascii()
+    assert any("4 of 8 devices" in line for line in command_plan.terminal_lines(made))
+    assert json.dumps(command_plan.terminal_lines(made)).isascii()
 
 
 @pytest.mark.skipif(

@@ -98,10 +98,10 @@ def test_runs_stand_for_the_lengths_of_the_report():
 
 def test_ours_stand_in_the_column_beside_the_reports():
     numbers, milestones = ledger.beside(frame())
-    line = dict(zip(numbers.columns, numbers.lines[0], strict=True))
+    line = dict(zip(numbers.columns, numbers.rows[0], strict=True))
     assert (line["report, 1000"], line["ours, 1000"], line["ours"]) == ("95", "90 [90, 90]", "")
-    assert len({len(x) for x in [numbers.columns, *numbers.lines]}) == 1
-    at_500 = milestones.lines[5]
+    assert len({len(x) for x in [numbers.columns, *numbers.rows]}) == 1
+    at_500 = milestones.rows[5]
     assert at_500[:4] == ["1000", "500", "5", "5 [5, 5]"]
 
 

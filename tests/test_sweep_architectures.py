@@ -217,5 +217,5 @@ def test_changes_and_decoupling_have_a_line_each():
     df = rows.frame(make())
     shown = Exhibits(df)
     study.show(df, shown)
-    assert [len(table.lines) for table in shown.tables] == [11, 11, 12, 24 + 4]
+    assert [len(table.rows) for table in shown.tables] == [11, 11, 12, 24 + 4]
     assert len(shown.figures) == 2

@@ -316,8 +316,8 @@ def test_every_change_is_shown_with_its_p_value():
     df = frame(jitter=1e-3)
     shown = Exhibits(df)
     study.show(df, shown)
-    assert [len(table.lines) for table in shown.tables] == [16, 16, 18 + 4]
+    assert [len(table.rows) for table in shown.tables] == [16, 16, 18 + 4]
     alone = df[df["seed"] == 0]
     shown = Exhibits(alone)
     study.show(alone, shown)
-    assert [len(table.lines) for table in shown.tables] == [16, 18 + 4]
+    assert [len(table.rows) for table in shown.tables] == [16, 18 + 4]

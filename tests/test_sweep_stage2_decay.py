@@ -52,5 +52,5 @@ def test_changes_are_shown_beside_a_line_per_arm():
     shown = Exhibits(frame())
     study.show(frame(), shown)
     changes, arms = shown.tables
-    assert len(changes.lines) == 2 * 5 + 1 and len(arms.lines) == 12 + 4
-    assert changes.lines[0][:2] == ["coupled 0 - coupled 0.05", "-2.500 [-2.500, -2.500]"]
+    assert len(changes.rows) == 2 * 5 + 1 and len(arms.rows) == 12 + 4
+    assert changes.rows[0][:2] == ["coupled 0 - coupled 0.05", "-2.500 [-2.500, -2.500]"]

@@ -149,6 +149,6 @@ def test_lengths_stand_beside_each_other_in_every_pair():
     df = make()
     shown = exhibits.Exhibits(df)
     study.show(df, shown)
-    assert [line[0] for line in shown.tables[-1].lines[:3]] == [
+    assert [row[0] for row in shown.tables[-1].rows[:3]] == [
         "coupled, 400 - 40", "coupled, 800 - 40", "coupled, 800 - 400"
     ]  # fmt: skip

@@ -63,7 +63,7 @@ def test_tables_of_a_part_of_the_arms_are_shown():
     made = [row for row in make() if row["arm"] in ("dense", "no warm-up")]
     shown = Exhibits(rows.frame(made))
     study.show(rows.frame(made), shown)
-    assert shown.tables[-1].lines == [["no warm-up", "+2.50 [+2.25, +2.75]"]]  # 6.0 at step 0
+    assert shown.tables[-1].rows == [["no warm-up", "+2.50 [+2.25, +2.75]"]]  # 6.0 at step 0
 
 
 def request(tmp_path, **more):

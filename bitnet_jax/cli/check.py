@@ -25,6 +25,6 @@ def main(argv: list[str]) -> int:
     for rep in {rep.name: rep for rep in reversed(request.replicates)}.values():
         print(f"{rep.name} seed {rep.seed}:", flush=True)
         results = checks.examine(request.cfg, rep)
-        print("\n".join(checks.lines(results)), flush=True)
+        print("\n".join(checks.terminal_lines(results)), flush=True)
         all_passed &= all(outcome.passed for _, outcome in results)
     return 0 if all_passed else 1

@@ -299,7 +299,7 @@ def describe_fields(args) -> str:
 
     cfg, listed = _base(args)
     replicates = listed or presets.make_replicates(cfg, [0], {})
-    lines = [
+    text_lines = [
         f"presets: {', '.join(presets.PRESETS)}",
         f"recipes: {', '.join(presets.RECIPES)}",
         "",
@@ -311,11 +311,11 @@ def describe_fields(args) -> str:
             value = as_text(getattr(part, field.name))
             choices = field.metadata["choices"]
             text = field.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
-            lines.append(f"  {section}.{field.name}={value}\n      {text}")
+            text_lines.append(f"  {section}.{field.name}={value}\n      {text}")
     for field in (f for f in fields(config.Hyper) if f.name in config.HYPER_FIELDS):
         values = {rep.name: f"{getattr(rep.hyper, field.name):g}" for rep in replicates}
         listing = " ".join(f"{value} ({name})" for name, value in values.items())
         if len(set(values.values())) == 1:
             listing = values[replicates[0].name]
-        lines.append(f"  hyper.{field.name}={listing}\n      {field.metadata['help']}")
-    return "\n".join(lines)
+        text_lines.append(f"  hyper.{field.name}={listing}\n      {field.metadata['help']}")
+    return "\n".join(text_lines)

@@ -23,8 +23,8 @@ def main(argv: list[str]) -> None:
     from bitnet_jax.terminal import printable
 
     flags.prepare()
-    found = inspection.inspect(args.source, args.text, evaluations(args.source))
-    print(printable("\n".join(inspection.lines(found))))
+    inspected = inspection.inspect(args.source, args.text, evaluations(args.source))
+    print(printable("\n".join(inspection.terminal_lines(inspected))))
 
 
 def evaluations(source: str) -> list[dict]:

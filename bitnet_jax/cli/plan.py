@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
     topology = chips.parse_topology(args.topology)
     jax.config.update("jax_platforms", "cpu")  # whatever devices are here
     compiling = chips.can_compile(topology) and not args.estimate
-    made = plan.make(request.cfg, request.replicates, topology, compiling)
+    planned = plan.make(request.cfg, request.replicates, topology, compiling)
     name = args.config or f"preset {request.preset}"
-    print("\n".join([f"{name} on {topology.text}: {how(made)}", "", *lines(made)]))
+    print("\n".join([f"{name} on {topology.text}: {how(planned)}", "", *terminal_lines(planned)]))
     return 0
 
 
@@ -49,13 +49,13 @@ def how(plan) -> str:
     return f"compiled for it in {plan.compiled.seconds:.0f} s"
 
 
-def lines(plan) -> list[str]:
+def terminal_lines(plan) -> list[str]:
     """What a plan says, in 80 columns."""
-    found = [*_program(plan), "", *_memory(plan)]
+    text_lines = [*_program(plan), "", *_memory(plan)]
     if not plan.fits:
-        found += ["", *_remedies(plan)]
+        text_lines += ["", *_remedies(plan)]
     return [
-        *found,
+        *text_lines,
         "",
         *_traffic(plan),
         "",
@@ -80,13 +80,13 @@ def _program(plan) -> list[str]:
     n_params //= len(program.replicates)
     data, many = program.cfg.data, len(program.replicates)
     each = f"{n_rep} for replicates x {n_data} for the batch"
-    found = [
+    text_lines = [
         _line("parameters", f"{n_params:,}" + (f", {many} replicates" if many > 1 else "")),
         _line("batch", f"{data.batch_size} x {data.seq_len:,} tokens"),
         _line("devices", f"{topology.size} x {topology.chip.name}: {each}"),
     ]
     idle = sharding.idle_note(many, data.batch_size, data.accumulate, topology.size)
-    return [*found, _line("", idle)] if idle else found
+    return [*text_lines, _line("", idle)] if idle else text_lines
 
 
 def _memory(plan) -> list[str]:
@@ -128,10 +128,10 @@ def _in(size: float, unit: int) -> str:
 def _remedies(plan) -> list[str]:
     from bitnet_jax.plan import remedies
 
-    found = remedies(plan)
-    if not found:
+    fixes = remedies(plan)
+    if not fixes:
         return ["No single change makes it fit, by arithmetic: a smaller model, or other chips."]
-    return ["It would fit, by arithmetic, with one of", *(f"  {_as_flag(text)}" for text in found)]
+    return ["It would fit, by arithmetic, with one of", *(f"  {_as_flag(text)}" for text in fixes)]
 
 
 def _as_flag(change: str) -> str:
@@ -143,14 +143,14 @@ def _mib(size: float) -> str:
 
 
 def _traffic(plan) -> list[str]:
-    found = sorted(plan.traffic.items(), key=lambda item: -item[1].sent)
-    if not found:
+    traffic = sorted(plan.traffic.items(), key=lambda item: -item[1].sent)
+    if not traffic:
         return [_line("collectives", "none")]
     counted = plan.compiled is not None and plan.compiled.traffic is not None
     by = "" if counted else "by the rules of sharding"
     head = _line("collectives per step", f"{'count':>10}{'MiB':>10}{'sent':>10}  {by}".rstrip())
     return [head, *(
-        _line(f"  {kind}", f"{t.count:10,.1f}{_mib(t.bytes)}{_mib(t.sent)}") for kind, t in found
+        _line(f"  {kind}", f"{t.count:10,.1f}{_mib(t.bytes)}{_mib(t.sent)}") for kind, t in traffic
     )]  # fmt: skip
 
 

@@ -48,13 +48,13 @@ def main(argv: list[str]) -> int:
     text = frequencies(args, request.cfg)
     if args.optimizer:
         points = points_of(args.lr_file) if args.lr_file else ()
-        found = {"this setting": elsewhere.setting_of(values, *text, points)}
+        settings = {"this setting": elsewhere.setting_of(values, *text, points)}
     else:
-        found = {
+        settings = {
             rep.name: forecast.of_run(request.cfg, rep.hyper, *text) for rep in request.replicates
         }
-    for name, (setting, decay) in found.items():
-        print("\n".join([f"{name}:", *forecast.lines(forecast.forecast(setting, decay))]))
+    for name, (setting, decay) in settings.items():
+        print("\n".join([f"{name}:", *forecast.terminal_lines(forecast.forecast(setting, decay))]))
     return 0
 
 
@@ -107,9 +107,9 @@ def points_of(path: Path) -> list[tuple[float, float]]:
     from bitnet_jax.fields import UserError, shown
 
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        rows = path.read_text(errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"--lr-file {path}: {error.strerror}") from error
     return [
-        elsewhere.pair(line, f"--lr-file {path}: {shown(line)!r}") for line in lines if line.strip()
+        elsewhere.pair(line, f"--lr-file {path}: {shown(line)!r}") for line in rows if line.strip()
     ]

@@ -95,14 +95,14 @@ def describe(request: flags.Request) -> list[str]:
     from bitnet_jax.config import HYPER_FIELDS
 
     cfg, replicates = request.cfg, request.replicates
-    lines = [
+    text_lines = [
         f"{section}.{name}={flags.as_text(value)}"
         for section in flags.SECTIONS
         for name, value in vars(getattr(cfg, section)).items()
     ]
     for rep in replicates:
         numbers = " ".join(f"{name}={getattr(rep.hyper, name):g}" for name in HYPER_FIELDS)
-        lines.append(f"{rep.name} seed {rep.seed}: {numbers}")
+        text_lines.append(f"{rep.name} seed {rep.seed}: {numbers}")
     vocab, said = shapes.vocabulary(cfg)
     mesh = shapes.abstract_mesh(cfg, len(replicates), n_devices=1)
     program = shapes.abstract_program(cfg, replicates, mesh, "cpu")
@@ -112,7 +112,7 @@ def describe(request: flags.Request) -> list[str]:
     per_step = cfg.data.batch_size * cfg.data.seq_len
     many = f", {len(replicates)} replicates" if len(replicates) > 1 else ""
     return [
-        *lines,
+        *text_lines,
         "",
         f"vocabulary: {vocab:,} tokens{said}",
         f"parameters: {n_params:,}{many}",

@@ -100,11 +100,15 @@ def of_source(args: Namespace) -> bool:
     from bitnet_jax.terminal import printable
 
     flags.prepare()
-    found = audit.examine(args.source, args.text)
-    print(printable(f"{args.source} ({found['name']} seed {found['seed']}, step {found['step']})"))
-    print(printable("\n".join(audit.lines(found["measured"], found["left_out"]))))
-    findings = causes.rank(found["measured"])
-    print("\n" + printable("\n".join(causes.render(found["measured"], findings))))
+    examined = audit.examine(args.source, args.text)
+    print(
+        printable(
+            f"{args.source} ({examined['name']} seed {examined['seed']}, step {examined['step']})"
+        )
+    )
+    print(printable("\n".join(audit.terminal_lines(examined["measured"], examined["left_out"]))))
+    findings = causes.rank(examined["measured"])
+    print("\n" + printable("\n".join(causes.render(examined["measured"], findings))))
     return bool(findings)
 
 
@@ -124,10 +128,10 @@ def of_log(args: Namespace) -> bool:
     else:
         references = diagnosis.of_numbers(args.vocab_size, args.unigram_loss)
     result = diagnosis.diagnose(run, references)
-    told = prediction(args, run)
+    prediction_lines = prediction(args, run)
     path = args.page or place(args.log)
-    history_page.write_page(path, run, result, references, told)
-    print(printable("\n".join(diagnosis.lines(run, result, references, told))))
+    history_page.write_page(path, run, result, references, prediction_lines)
+    print(printable("\n".join(diagnosis.terminal_lines(run, result, references, prediction_lines))))
     print(printable(f"page: {path}"))
     return result.alarm
 

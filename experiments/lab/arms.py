@@ -108,13 +108,13 @@ def train_arms(
     A repeated command goes on where it was stopped and repeats no finished group. Checkpoints of a
     finished group are removed unless kept.
     """
-    found = {}
+    by_place = {}
     for group in groups(request, arms):
         for row in train_group(request, group, measure, keep=keep):
-            found[rows.place(row)[1:]] = row
+            by_place[rows.place(row)[1:]] = row
     names = {arm.name: i for i, arm in enumerate(arms)}
     return sorted(
-        found.values(), key=lambda row: (names[row["arm"]], rows.place(row)[3], row["seed"])
+        by_place.values(), key=lambda row: (names[row["arm"]], rows.place(row)[3], row["seed"])
     )
 
 
@@ -137,12 +137,12 @@ def train_group(
         prepare(workdir)
         run.run(group.cfg, group.replicates, workdir, resume=True, seams=group.seams)
         done = Finished(workdir)
-        made = done.rows(group.bases, request.preset)
+        new_rows = done.rows(group.bases, request.preset)
         measured = measure(done) if measure else {}
         for name, values in measured.items():
-            for row, value in zip(made, values, strict=True):
+            for row, value in zip(new_rows, values, strict=True):
                 row["extra"][name] = value
-        log.write_json(finished, made)
+        log.write_json(finished, new_rows)
         if not keep:
             checkpoint.place(workdir).rmtree()
     return json.loads(finished.read_text())
@@ -161,21 +161,21 @@ def groups(request: Request, arms: list[Arm]) -> list[Group]:
     for arm in wanted:
         for length in request.lengths:
             if not arm.lengths or length in arm.lengths:
-                cfg, made, base = replicates(request, arm, length)
+                cfg, reps, base = replicates(request, arm, length)
                 recipes, run_ = cfg.run.recipes, dataclasses.replace(cfg.run, recipes=("any",))
-                by_codes = products.full_strength(made[0].hyper)  # of all in a program, or of none
+                by_codes = products.full_strength(reps[0].hyper)  # of all in a program, or of none
                 shape = dataclasses.replace(cfg, run=run_), arm.seams, by_codes
-                shapes.setdefault(shape, []).extend((rep, base, recipes) for rep in made)
-    found = []
+                shapes.setdefault(shape, []).extend((rep, base, recipes) for rep in reps)
+    all_groups = []
     for (cfg, seams, _), parts in shapes.items():
         most = request.at_once or _at_once(cfg, parts[0][0])
         for start in range(0, len(parts), most):
-            made, bases, recipes = zip(*parts[start : start + most], strict=True)
+            reps, bases, recipes = zip(*parts[start : start + most], strict=True)
             names = tuple(dict.fromkeys(name for names in recipes for name in names))
             run_ = dataclasses.replace(cfg.run, recipes=names)
             cfg_ = dataclasses.replace(cfg, run=run_)
-            found.append(Group(cfg_, with_same_extra(made), list(bases), seams))
-    return found
+            all_groups.append(Group(cfg_, with_same_extra(reps), list(bases), seams))
+    return all_groups
 
 
 def describe(group: Group) -> str:
@@ -192,11 +192,11 @@ def replicates(request: Request, arm: Arm, length: int) -> tuple[Config, list[Re
     with _named(arm.name):
         cfg_ = _with(cfg, {path: _value(value, cfg) for path, value in arm.fields.items()})
         numbers = {name: float(_value(value, cfg)) for name, value in arm.numbers.items()}
-        made = presets.make_replicates(cfg_, request.seeds, request.hyper | numbers)
+        reps = presets.make_replicates(cfg_, request.seeds, request.hyper | numbers)
     extra = {name: float(_value(value, cfg)) for name, value in arm.extra.items()}
     named = [
         dataclasses.replace(rep, name=arm.name, hyper=rep.hyper.replace(extra=extra))
-        for rep in made
+        for rep in reps
     ]
     return cfg_, named, before | {f"hyper.{name}": x for name, x in request.hyper.items()}
 
@@ -223,22 +223,22 @@ def chosen(request: Request, arms: list[Arm]) -> list[Arm]:
             not request.recipes or arm.recipe in request.recipes
         )
 
-    found = [arm for arm in arms if wanted(arm)]
-    if not found:
+    matching = [arm for arm in arms if wanted(arm)]
+    if not matching:
         asked = f"--only {','.join(request.only)}" if request.only else ""
         asked += f" run.recipes={','.join(request.recipes)}" if request.recipes else ""
         raise UserError(f"{asked.strip()}: no such arm among {'; '.join(a.name for a in arms)}")
-    return found
+    return matching
 
 
-def with_same_extra(made: tuple[Replicate, ...]) -> list[Replicate]:
+def with_same_extra(reps: tuple[Replicate, ...]) -> list[Replicate]:
     """Replicates of one program with the same names in `Hyper.extra`; 0 where an arm has none."""
-    names = sorted({name for rep in made for name in rep.hyper.extra})
+    names = sorted({name for rep in reps for name in rep.hyper.extra})
     return [
         dataclasses.replace(
             rep, hyper=rep.hyper.replace(extra={k: rep.hyper.extra.get(k, 0.0) for k in names})
         )
-        for rep in made
+        for rep in reps
     ]
 
 

@@ -42,7 +42,7 @@ class Finding:
     why: str = ""
 
     @property
-    def is_told(self) -> bool:
+    def is_stated(self) -> bool:
         return self.study in self.claim.studies
 
 

@@ -69,8 +69,8 @@ def split(arm: str) -> tuple[str, float]:
 
 def predict(request: arms.Request, group: list[arms.Arm]) -> dict:
     """What `forecast` says of the arms of one point, JSON values: edges, and by decay the rest."""
-    made = [arms.replicates(request, arm, 1) for arm in group]
-    cfg, hyper = made[-1][0], made[-1][1][0].hyper
+    runs = [arms.replicates(request, arm, 1) for arm in group]
+    cfg, hyper = runs[-1][0], runs[-1][1][0].hyper
     tokens = data.load(cfg.data)
     cfg = program.resolve_vocab(cfg, tokens.tokenizer.vocab_size)
     text = forecast.frequencies(tokens.train_N, cfg.model.vocab_size)
@@ -131,8 +131,8 @@ def points(df: pd.DataFrame, among, predicted: dict) -> dict[str, tuple[dict, di
 
 def all_judged(points: dict[str, tuple[dict, dict]]) -> dict[str, list[bool]]:
     """`judged` of all points together."""
-    found = [judged(*pair) for pair in points.values()]
-    return {kind: [mark for marks in found for mark in marks[kind]] for kind in (*EDGES, *KINDS)}
+    by_point = [judged(*pair) for pair in points.values()]
+    return {kind: [mark for marks in by_point for mark in marks[kind]] for kind in (*EDGES, *KINDS)}
 
 
 def share(points: dict[str, tuple[dict, dict]], kind: str) -> float:
@@ -150,8 +150,8 @@ def centre_for_all(points: dict[str, tuple[dict, dict]]) -> dict:
 
 def gains_at_onset_alone(points: dict[str, tuple[dict, dict]]) -> bool:
     """Whether the baseline has fewer edges right: at onset by a third, of outcomes by no tenth."""
-    one = centre_for_all(points)
-    onset, outcome = (share(points, x) - share(one, x) for x in ("onset", "outcome"))
+    baseline = centre_for_all(points)
+    onset, outcome = (share(points, x) - share(baseline, x) for x in ("onset", "outcome"))
     return onset > 1 / 3 and outcome < 0.1
 
 
@@ -182,11 +182,11 @@ def judged(predicted: dict, measured: dict) -> dict[str, list[bool]]:
 
 def table(points: dict[str, tuple[dict, dict]]) -> tuple[list[str], list[list[str]]]:
     """Heads and lines: a line per point, what is right in all, and what the baseline gives."""
-    lines = []
+    table_rows = []
     for point, (predicted, measured) in points.items():
         marks = judged(predicted, measured)
         shown = [f"{_cell(predicted[x])} / {_cell(measured[x])}{_mark(marks[x])}" for x in EDGES]
-        lines.append([point, *shown, *(_count(marks[x]) for x in KINDS)])
+        table_rows.append([point, *shown, *(_count(marks[x]) for x in KINDS)])
     heads = [
         "point",
         *(f"{x}: predicted / measured" for x in EDGES),
@@ -201,7 +201,7 @@ def table(points: dict[str, tuple[dict, dict]]) -> tuple[list[str], list[list[st
             *[""] * len(KINDS),
         ],
     ]
-    return heads, lines + ends
+    return heads, table_rows + ends
 
 
 def _cell(edge: float | None) -> str:

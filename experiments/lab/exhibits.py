@@ -32,7 +32,7 @@ class Table:
 
     title: str
     columns: list[str]
-    lines: list[list[str]]
+    rows: list[list[str]]
     note: str = ""
 
 
@@ -44,9 +44,9 @@ class Exhibits:
         self.tables: list[Table] = []
         self.figures: list[tuple[str, str]] = []  # caption and <svg> element
 
-    def grid(self, title: str, columns: list[str], lines: list[list[str]], note: str = "") -> None:
+    def grid(self, title: str, columns: list[str], rows: list[list[str]], note: str = "") -> None:
         """A table of text."""
-        self.tables.append(Table(title, columns, lines, note))
+        self.tables.append(Table(title, columns, rows, note))
 
     def table(
         self,
@@ -60,24 +60,24 @@ class Exhibits:
         With a control, the paired difference of the held-out loss from it stands beside.
         """
         shown = [c for c in map(specify, columns) if c[0] in df]
-        lines = []
+        table_rows = []
         for arm, steps in arms(df):
             cells = [stats.mean(df, arm, key, steps).text(spec) if has(df, arm, key, steps) else ""
                      for key, _, spec in shown]  # fmt: skip
             if control is not None:
                 cells.append("" if arm == control else change(df, arm, control, LOSS, steps))
-            lines.append([label(df, arm, steps), *cells, verdicts(stats.of(df, arm, steps))])
+            table_rows.append([label(df, arm, steps), *cells, verdicts(stats.of(df, arm, steps))])
         heads = [title for _, title, _ in shown] + [f"loss - {control}"] * (control is not None)
         for name in (*PREDICTORS, "the text"):
             cells = [given(df, name, key, spec) for key, _, spec in shown]
             cells += [""] * (len(heads) - len(shown))
-            lines.append([f"{name} predictor" if name in PREDICTORS else name, *cells, ""])
+            table_rows.append([f"{name} predictor" if name in PREDICTORS else name, *cells, ""])
         note = (
             f"Mean [95 % t interval] over n = {stats.seeds(df)} seeds; (0): the interval includes "
             "zero. Distinct predictions: 1 for word frequencies alone, many for noise; alone they "
             "say nothing."
         )
-        self.grid(title, ["arm", *heads, "verdicts"], lines, note)
+        self.grid(title, ["arm", *heads, "verdicts"], table_rows, note)
 
     def differences(
         self,
@@ -89,14 +89,14 @@ class Exhibits:
     ) -> None:
         """Paired differences arm - control of every pair that has rows."""
         shown = [c for c in map(specify, columns) if c[0] in df]
-        there = set(df["arm"])
-        lines = [
+        present = set(df["arm"])
+        table_rows = [
             [f"{a} - {b}", *(change(df, a, b, key, steps, spec) for key, _, spec in shown)]
             for a, b in pairs
-            if {a, b} <= there
+            if {a, b} <= present
         ]
         note = "Within seeds, with 95 % t intervals; (0): the interval includes zero."
-        self.grid(title, ["difference", *(title for _, title, _ in shown)], lines, note)
+        self.grid(title, ["difference", *(title for _, title, _ in shown)], table_rows, note)
 
     def dots(
         self, df: pd.DataFrame, column: Column = LOSS, *, title: str = "", caption: str = ""
@@ -107,8 +107,8 @@ class Exhibits:
         points: dict[str, dict] = {}
         for arm, steps in arms(df):
             if has(df, arm, key, steps):
-                found = stats.mean(df, arm, key, steps)
-                point = found.mean, found.low, found.high
+                interval = stats.mean(df, arm, key, steps)
+                point = interval.mean, interval.low, interval.high
                 points.setdefault(arm, {})[f"{steps} steps"] = point
         marks = [(p, df[p].iloc[0]) for p in PREDICTORS] if key == LOSS else []
         if key == MUTUAL_INFORMATION:
@@ -116,8 +116,8 @@ class Exhibits:
         svg = charts.dot_plot(
             list(points.items()), title=title or name, xlabel=unit(key), references=marks
         )
-        told = f"Mean and 95 % interval over n = {stats.seeds(df)} seeds"
-        self.figures.append((caption or f"{told}, {', '.join(map(str, lengths))} steps.", svg))
+        legend = f"Mean and 95 % interval over n = {stats.seeds(df)} seeds"
+        self.figures.append((caption or f"{legend}, {', '.join(map(str, lengths))} steps.", svg))
 
     def curves(
         self,
@@ -155,8 +155,8 @@ def specify(column: Column) -> tuple[str, str, str]:
     """Key, title and format of a column."""
     if isinstance(column, tuple):
         return column
-    found: Metric = metric(column)
-    return column, found.title, found.format
+    definition: Metric = metric(column)
+    return column, definition.title, definition.format
 
 
 def unit(key: str) -> str:
@@ -182,16 +182,16 @@ def change(
 ) -> str:
     """The paired difference, with (0) where no effect is seen; empty without a common seed."""
     try:
-        found = stats.difference(df, arm, control, key, steps)
+        interval = stats.difference(df, arm, control, key, steps)
     except stats.NotEnough:
         return ""
-    return signed(found, spec)
+    return signed(interval, spec)
 
 
-def signed(found: stats.Interval, spec: str = ".2f") -> str:
+def signed(interval: stats.Interval, spec: str = ".2f") -> str:
     """A difference with its sign, and (0) where no effect is seen; empty for no seed."""
-    text = found.text("+" + spec.lstrip("+"))
-    return text if found.effect or not found.n else f"{text} (0)"
+    text = interval.text("+" + spec.lstrip("+"))
+    return text if interval.effect or not interval.n else f"{text} (0)"
 
 
 def given(df: pd.DataFrame, name: str, key: str, spec: str) -> str:
@@ -209,20 +209,20 @@ def verdicts(rows: pd.DataFrame) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def triple(found: stats.Interval) -> tuple[float, float, float]:
+def triple(interval: stats.Interval) -> tuple[float, float, float]:
     """An interval as a dot plot takes it."""
-    return found.mean, found.low, found.high
+    return interval.mean, interval.low, interval.high
 
 
 def text_table(table: Table) -> str:
     """The table in columns of equal width."""
-    lines = [table.columns, *table.lines]
-    widths = np.max([[len(cell) for cell in line] for line in lines], axis=0)
+    all_rows = [table.columns, *table.rows]
+    widths = np.max([[len(cell) for cell in row] for row in all_rows], axis=0)
     shown = [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for line in lines
+        for row in all_rows
     ]
     return "\n".join([table.title, *shown, *([table.note] if table.note else [])])

@@ -46,9 +46,9 @@ def experiment(
         if request.dry_run:
             print("\n".join(map(arms.describe, arms.groups(request, list(arms_)))))
             return 0
-        made = train(request, list(arms_), measure)
-        rows.append(name, made)
-        pages.tell(name, doc, claims_, show, made, request.workdir / "page.html")
+        new_rows = train(request, list(arms_), measure)
+        rows.append(name, new_rows)
+        pages.tell(name, doc, claims_, show, new_rows, request.workdir / "page.html")
         return 0
 
     flags.guard(command)

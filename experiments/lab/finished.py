@@ -111,7 +111,7 @@ class Finished:
         if missing:
             raise UserError(f"{self.workdir}: no evaluation at step {min(missing)}; log has holes")
         keep = np.unique(np.linspace(0, len(evals) - 1, CURVE_POINTS).astype(int))
-        made, rep = self.config["provenance"], self.replicates[i]
+        provenance, rep = self.config["provenance"], self.replicates[i]
         sections = {k: dict(self.config[k]) for k in ("model", "data", "optim", "run")}
         hyper = self.config["replicates"][i]["hyper"]
         decoded = self.summary["replicates"][i].get("decode", {})
@@ -119,21 +119,21 @@ class Finished:
             "id": f"{self.workdir.name}/{i}",
             "arm": rep.name,
             "seed": rep.seed,
-            "command": command(made["argv"]),
+            "command": command(provenance["argv"]),
             "config": {k: without_folders(v) for k, v in sections.items()} | {"hyper": hyper},
             "base": without_folders(base),
             "references": {k: v for k, v in self.references.items() if k != "curve"}
             | {"text_sha256": self.config["corpus"]["sha256"]},
-            "final": {k: v for k, v in evals[-1].items() if _is_told(k, v)} | decoded,
+            "final": {k: v for k, v in evals[-1].items() if _is_recorded(k, v)} | decoded,
             "curve": {"step": [evals[j]["step"] for j in keep]}
             | {k: [evals[j][k] for j in keep] for k in CURVE_KEYS},
             "extra": self._stages(i),
             "preset": preset,
             "seconds": round(wall_seconds(self.summary) / len(self.replicates), 1),
-            "device": made["device"],
-            "cores": made["cores"],
-            "commit": made["git_commit"],
-            "versions": {k: made["versions"][k] for k in ("python", "jax", "flax", "optax")},
+            "device": provenance["device"],
+            "cores": provenance["cores"],
+            "commit": provenance["git_commit"],
+            "versions": {k: provenance["versions"][k] for k in ("python", "jax", "flax", "optax")},
         }
 
     def _stages(self, i: int) -> dict:
@@ -166,7 +166,7 @@ def initial(run: Finished):
     return jax.jit(init)(config.stack_hypers(run.replicates), seeds, unigram_V)
 
 
-def _is_told(key: str, value) -> bool:
+def _is_recorded(key: str, value) -> bool:
     """Whether an entry of the last evaluation goes into the row: its numbers and its verdict."""
     return ("/" in key and isinstance(value, int | float)) or key == "collapse/verdict"
 

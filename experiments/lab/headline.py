@@ -14,8 +14,8 @@ PICTURES = {1000: rows.FOLDER / "answer.svg", 10_000: rows.FOLDER / "answer-long
 
 def read() -> pd.DataFrame:
     """The rows of the largest study."""
-    made = rows.read("end_collapse")
-    return rows.frame([row for row in made if rows.study(row) == studies.FULL.identity])
+    committed_rows = rows.read("end_collapse")
+    return rows.frame([row for row in committed_rows if rows.study(row) == studies.FULL.identity])
 
 
 def table(df, steps: int) -> tuple[list[str], list[list[str]]]:
@@ -24,7 +24,7 @@ def table(df, steps: int) -> tuple[list[str], list[list[str]]]:
     predictors = ("unigram", "bigram")
     n = {arm: int(((df["arm"] == arm) & (df["steps"] == steps)).sum()) for arm in ARMS}
     arms = [arm for arm in ARMS if n[arm]]
-    lines = []
+    table_rows = []
     for title, column, spec, reported, of_text in (
         ("distinct predictions, stage 2", "unique_stage2", ".1f", {1000: "3.6"}, "distinct"),
         ("training loss, last step", "train_loss/final", ".2f", {1000: "9.92", 10_000: "9.74"}, ""),
@@ -34,14 +34,14 @@ def table(df, steps: int) -> tuple[list[str], list[list[str]]]:
     ):
         cells = [mean(df, arm, column, steps).text(spec) for arm in arms]
         cells += [f"{known[x][of_text]:{spec}}" if of_text else "" for x in predictors]
-        lines.append([title, reported.get(steps, ""), *cells])
+        table_rows.append([title, reported.get(steps, ""), *cells])
     named = [f"{arm}, n = {n[arm]}" for arm in arms] + [f"{x} predictor" for x in predictors]
-    return [f"after {steps:,} steps", "the report", *named], lines
+    return [f"after {steps:,} steps", "the report", *named], table_rows
 
 
 def picture(df, steps: int) -> list[charts.Panel]:
     """The recipes' distinct predictions, spread of the logits and loss, a line per seed."""
-    known, there = df["references"].iloc[0], df[df["steps"] == steps]
+    known, runs = df["references"].iloc[0], df[df["steps"] == steps]
     text = (("text", known["targets"]["distinct"]),)
     losses = tuple((name, known[name]["loss"]) for name in ("uniform", "unigram", "bigram"))
     panels = []
@@ -53,7 +53,7 @@ def picture(df, steps: int) -> list[charts.Panel]:
         series = [
             charts.Series(arm, curve["step"], curve[key])
             for arm in ARMS
-            for curve in there[there["arm"] == arm]["curve"]
+            for curve in runs[runs["arm"] == arm]["curve"]
         ]
         is_log = key == LOGIT_STD
         panels.append(charts.Panel(series, title, unit, steps // 2, references, is_log))

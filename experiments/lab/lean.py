@@ -22,22 +22,22 @@ FINAL = (metrics.LOSS, metrics.ENTROPY, metrics.LOGIT_STD, metrics.DISTINCT)
 def train_rows(group: Group, preset: str) -> list[dict]:
     """Train a group and return a row per replicate."""
     began = time.monotonic()
-    made = program.build(group.cfg, group.replicates, group.seams)
-    with jax.set_mesh(made.mesh), jax.default_matmul_precision("float32"):
-        state = made.init()
+    built = program.build(group.cfg, group.replicates, group.seams)
+    with jax.set_mesh(built.mesh), jax.default_matmul_precision("float32"):
+        state = built.init()
         first_RV = output_norms(state)
-        evals = [jax.device_get(made.evaluate(state))]
+        evals = [jax.device_get(built.evaluate(state))]
         steps, cfg = [0], group.cfg.run
         while steps[-1] < cfg.steps:
             end = run.next_end(cfg, steps[-1])
-            state, trained, evaluated = made.train_chunk(state, made.batches(steps[-1], end))
+            state, trained, evaluated = built.train_chunk(state, built.batches(steps[-1], end))
             evals.append(jax.device_get(trained) | jax.device_get(evaluated))
             steps.append(end)
-        large = jax.device_get(made.evaluate_large(state))
+        large = jax.device_get(built.evaluate_large(state))
     alive_RV = output_norms(state) > shrink.ALIVE * first_RV.mean(axis=1, keepdims=True)
     seconds = (time.monotonic() - began) / len(group.replicates)
-    about = _about(made, group, preset, seconds)
-    unigram_V = np.asarray(made.evals.unigram_V)
+    about = _about(built, group, preset, seconds)
+    unigram_V = np.asarray(built.evals.unigram_V)
     return [
         about(i)
         | {
@@ -82,15 +82,15 @@ def spread(steps: list[int], evals: list[dict], i: int, boundary: int) -> dict:
     }
 
 
-def _about(made: program.Program, group: Group, preset: str, seconds: float):
+def _about(built: program.Program, group: Group, preset: str, seconds: float):
     """i -> what a row says of its replicate besides its numbers."""
-    settings = config_file.to_json(made.cfg, made.replicates)
+    settings = config_file.to_json(built.cfg, built.replicates)
     provenance = log.provenance()
-    text = made.tokens.identity["sha256"]
-    references = {k: v for k, v in made.references.items() if k != "curve"}
+    text = built.tokens.identity["sha256"]
+    references = {k: v for k, v in built.references.items() if k != "curve"}
 
     def about(i: int) -> dict:
-        rep = made.replicates[i]
+        rep = built.replicates[i]
         sections = {k: dict(settings[k]) for k in ("model", "data", "optim", "run")}
         hyper = settings["replicates"][i]["hyper"]
         return {

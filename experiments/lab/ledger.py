@@ -76,7 +76,7 @@ class Line:
     """An entry with what was found and what that makes of it."""
 
     entry: Entry
-    found: str
+    ours: str
     status: str
 
 
@@ -125,7 +125,7 @@ def statistics(run: Finished, i: int, path: Trajectory, transit: int | None) -> 
     stage_1, partial = path.steps <= run.cfg.run.boundary, path.steps <= CUT
     losses = np.array([row[TRAIN_LOSS] for row in run.trains[i]])
     first, late = run.evals[i][0], [r for r in run.evals[i] if r["step"] > 0.3 * run.cfg.run.steps]
-    found = {
+    unrounded = {
         "unique_mean": path.unique.mean(),
         "unique_stage1": path.unique[stage_1].mean(),
         "unique_stage2": path.unique[~stage_1].mean(),
@@ -143,7 +143,7 @@ def statistics(run: Finished, i: int, path: Trajectory, transit: int | None) -> 
         "late_entropy": np.mean([row[TRACK_ENTROPY] for row in late]),
         "late_logit_std": np.mean([row[LOGIT_STD] for row in late]),
     }
-    return {name: float(f"{value:.5g}") for name, value in found.items()} | {
+    return {name: float(f"{value:.5g}") for name, value in unrounded.items()} | {
         "evaluations": len(path.steps),
         "unique_min": int(path.unique.min()),
         "unique_max": int(path.unique.max()),
@@ -163,17 +163,17 @@ def milestones(base: int, run: RunConfig, evals: list[dict]) -> dict[str, dict]:
     A run of `base` steps stands for the report's of 1000: milestones are at the same share of it.
     """
     length, every = run.steps * LENGTHS[0] // base, run.eval_every
-    at, found = {row["step"]: row for row in evals}, {}
+    at, nearest = {row["step"]: row for row in evals}, {}
     for reported in MILESTONES.get(length, ()):
         step = round(reported * run.steps / length / every) * every
         step = min(max(every, step), run.steps)
-        found[str(reported)] = {
+        nearest[str(reported)] = {
             "step": step,
             "unique": at[step][DISTINCT],
             "loss": float(f"{at[step][LOSS]:.5g}"),
             "logit_std": float(f"{at[step][LOGIT_STD]:.3g}"),
         }
-    return found
+    return nearest
 
 
 def start_law(df: pd.DataFrame) -> tuple[str, bool]:
@@ -196,26 +196,26 @@ def recovery_of_count(df: pd.DataFrame) -> tuple[str, bool]:
     left = (at["logit_std"] / df["numbers/start_logit_std"]).max()
     rises = (at["unique"] > before["unique"]).all() and (at["loss"] > before["loss"]).all()
     counts = f"{before['unique'].mean():.0f} to {at['unique'].mean():.0f} distinct"
-    found = f"{counts}, loss {at['loss'].mean():.2f}, at most {left:.2%} of the first spread left"
-    return found, bool(rises and left < DEAD)
+    ours = f"{counts}, loss {at['loss'].mean():.2f}, at most {left:.2%} of the first spread left"
+    return ours, bool(rises and left < DEAD)
 
 
 def evaluations(df: pd.DataFrame) -> tuple[str, bool]:
-    found = df["numbers/evaluations"]
-    return f"{found.iloc[0]:.0f}", set(found) == {200}
+    counted = df["numbers/evaluations"]
+    return f"{counted.iloc[0]:.0f}", set(counted) == {200}
 
 
-def own(claim: str, reported: str, found: str, agrees: bool) -> Entry:
+def own(claim: str, reported: str, ours: str, agrees: bool) -> Entry:
     """Something that the report says of its own numbers."""
-    return Entry(claim, reported, kind=ARITHMETIC, judge=lambda df: (found, agrees))
+    return Entry(claim, reported, kind=ARITHMETIC, judge=lambda df: (ours, agrees))
 
 
 def large_weights(df: pd.DataFrame) -> tuple[str, bool]:
     """Nearly all in the embedding, as many as coupled decay alone leaves of N(0, 1) entries."""
     counted, predicted = df["above_1.1/all"], df["above_1.1/predicted"].iloc[0]
     share = df["above_1.1/embedding"].sum() / counted.sum()
-    found = f"{counted.mean():,.0f}, {share:.1%} in the embedding; predicted {predicted:,.0f}"
-    return found, bool((abs(counted / predicted - 1) < 0.02).all() and share > 0.98)
+    ours = f"{counted.mean():,.0f}, {share:.1%} in the embedding; predicted {predicted:,.0f}"
+    return ours, bool((abs(counted / predicted - 1) < 0.02).all() and share > 0.98)
 
 
 ENTRIES = (
@@ -266,33 +266,33 @@ def is_full_size(df: pd.DataFrame) -> bool:
 def judge(entry: Entry, runs: pd.DataFrame, full: bool) -> Line:
     """One entry, from the rows of its length."""
     if entry.kind == ARITHMETIC:
-        found, agrees = entry.judge(runs)
-        return Line(entry, found, CONSISTENT if agrees else CONTRADICTORY)
+        ours, agrees = entry.judge(runs)
+        return Line(entry, ours, CONSISTENT if agrees else CONTRADICTORY)
     if not full or not len(runs):
         return Line(entry, "", UNKNOWN)
     if entry.judge is not None:
-        found, agrees = entry.judge(runs)
+        ours, agrees = entry.judge(runs)
         good = "holds" if entry.kind == BUILT else EXPLAINED
-        return Line(entry, found, good if agrees else DIFFERENT)
+        return Line(entry, ours, good if agrees else DIFFERENT)
     values = runs[entry.column].dropna()
-    found, spec = stats.interval(values), f".{entry.digits}f"
+    ours, spec = stats.interval(values), f".{entry.digits}f"
     if len(values) < 2:
-        return Line(entry, found.text(spec) or "never", UNKNOWN if len(values) else DIFFERENT)
+        return Line(entry, ours.text(spec) or "never", UNKNOWN if len(values) else DIFFERENT)
     low, high = stats.prediction_interval(values)
-    found = replace(found, low=low, high=high).text(spec)
+    ours = replace(ours, low=low, high=high).text(spec)
     possible = entry.possible[1] - entry.possible[0]
     if high - low > possible / 2:
-        return Line(entry, found, UNDECIDED)
+        return Line(entry, ours, UNDECIDED)
     half = 0.5 * 10**-entry.digits if entry.digits else 0.0  # of the rounding; counts have none
     inside = low - half <= entry.reported <= high + half
-    return Line(entry, found, REPRODUCED if inside else DIFFERENT)
+    return Line(entry, ours, REPRODUCED if inside else DIFFERENT)
 
 
-def counts(lines: list[Line]) -> dict[str, dict[str, int]]:
+def counts(results: list[Line]) -> dict[str, dict[str, int]]:
     """How many entries of each kind have each status."""
-    found = Counter((line.entry.kind, line.status) for line in lines)
-    kinds = dict.fromkeys(line.entry.kind for line in lines)
-    return {k: {s: n for (kind, s), n in found.items() if kind == k} for k in kinds}
+    tally = Counter((line.entry.kind, line.status) for line in results)
+    kinds = dict.fromkeys(line.entry.kind for line in results)
+    return {k: {s: n for (kind, s), n in tally.items() if kind == k} for k in kinds}
 
 
 def by_length(df: pd.DataFrame) -> dict[int, pd.DataFrame]:
@@ -305,7 +305,7 @@ def by_length(df: pd.DataFrame) -> dict[int, pd.DataFrame]:
 def beside(df: pd.DataFrame) -> list[Table]:
     """The report's numbers and its milestones, each beside ours, whatever the size of the model."""
     runs = by_length(df)
-    lines = [
+    table_rows = [
         [claim, *itertools.chain.from_iterable(
             ("" if value is None else f"{value:.{digits}f}",
              stats.interval(runs[steps][f"numbers/{column}"]).text(f".{digits}f"))
@@ -317,12 +317,12 @@ def beside(df: pd.DataFrame) -> list[Table]:
     for steps, ours in runs.items():
         heads += [f"report, {steps}", f"ours, {ours['steps'].iloc[0]}" if len(ours) else "ours"]
     note = "Ours: mean [95 % t interval] over seeds. First 452: up to step 2260."
-    return [Table("The report's numbers", heads, lines, note), milestone_table(runs)]
+    return [Table("The report's numbers", heads, table_rows, note), milestone_table(runs)]
 
 
 def milestone_table(runs: dict[int, pd.DataFrame]) -> Table:
     """Distinct predictions at the report's milestones, and what stands behind ours."""
-    lines = []
+    table_rows = []
     for length, ours in runs.items():
         for step, reported in MILESTONES[length].items() if len(ours) else ():
             at = f"numbers/milestones/{step}/"
@@ -331,25 +331,25 @@ def milestone_table(runs: dict[int, pd.DataFrame]) -> Table:
                 for key, spec in (("unique", ".0f"), ("loss", ".2f"), ("logit_std", ".4f"))
             ]
             where = [str(int(ours[name].iloc[0])) for name in ("steps", at + "step")]
-            lines.append([*where, str(reported), *cells])
+            table_rows.append([*where, str(reported), *cells])
     heads = ["run of", "step", "distinct, report", "ours", "held-out loss", "spread of the logits"]
     note = "Where the loss is ln V and the logits have no spread, near ties are counted."
-    return Table("Milestones", heads, lines, note)
+    return Table("Milestones", heads, table_rows, note)
 
 
-def table(lines: list[Line]) -> Table:
+def table(results: list[Line]) -> Table:
     """The ledger as a table."""
-    cells = [[x.entry.claim, x.entry.as_reported, x.found, x.status] for x in lines]
-    told = "; ".join(
-        f"{kind}: {', '.join(f'{n} {status}' for status, n in found.items())}"
-        for kind, found in counts(lines).items()
+    cells = [[x.entry.claim, x.entry.as_reported, x.ours, x.status] for x in results]
+    note = "; ".join(
+        f"{kind}: {', '.join(f'{n} {status}' for status, n in by_status.items())}"
+        for kind, by_status in counts(results).items()
     )
-    return Table("Ledger", ["claim", "reported", "ours [one more run]", "status"], cells, told)
+    return Table("Ledger", ["claim", "reported", "ours [one more run]", "status"], cells, note)
 
 
 def main() -> None:
-    made = rows.read("reproduce_report")
-    full = [row for row in made if rows.study(row) == studies.FULL.identity]
+    committed_rows = rows.read("reproduce_report")
+    full = [row for row in committed_rows if rows.study(row) == studies.FULL.identity]
     print(text_table(table(recompute(rows.frame(full)))))
 
 

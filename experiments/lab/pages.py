@@ -30,10 +30,10 @@ class Part:
         return f"{self.study.name}, {', '.join(map(str, steps))} steps"
 
 
-def analyse(claims: tuple[Claim, ...], show: Callable, made: list[dict]) -> list[Part]:
+def analyse(claims: tuple[Claim, ...], show: Callable, all_rows: list[dict]) -> list[Part]:
     """Judge and show every study that rows belong to, in the order of the rows."""
     parts = []
-    for identity, members in rows.by_study(made):
+    for identity, members in rows.by_study(all_rows):
         study = studies.named(identity) or Study(studies.describe(identity), "", (), "")
         df = rows.frame(members)
         exhibits = Exhibits(df)
@@ -48,10 +48,10 @@ def analyse(claims: tuple[Claim, ...], show: Callable, made: list[dict]) -> list
 
 
 def tell(
-    name: str, doc: str, claims: tuple[Claim, ...], show: Callable, made: list[dict], path: Path
+    name: str, doc: str, claims: tuple[Claim, ...], show: Callable, all_rows: list[dict], path: Path
 ) -> list[Part]:
     """Print what rows show, write the page, and return the parts."""
-    parts = analyse(claims, show, made)
+    parts = analyse(claims, show, all_rows)
     for part in parts:
         print(f"\n== {part.label}\n")
         print("\n\n".join(map(text_table, part.exhibits.tables)) + "\n")
@@ -62,17 +62,17 @@ def tell(
 
 
 def status_line(name: str, finding: Finding) -> str:
-    """`holds: end_collapse/adamw on quick (n = 3): TEXT`; (not told there) where it is not."""
+    """`holds: end_collapse/adamw on quick (n = 3): TEXT`; (not stated there) where it is not."""
     why = f" ({finding.why})" if finding.why else f" (n = {finding.seeds})"
     where = f"{name}/{finding.claim.name} on {finding.study.name}{why}"
-    told = "" if finding.is_told else " (not told there)"
-    return f"{finding.status}{told}: {where}: {finding.claim.text}"
+    note = "" if finding.is_stated else " (not stated there)"
+    return f"{finding.status}{note}: {where}: {finding.claim.text}"
 
 
 def write(path: Path, name: str, doc: str, parts: list[Part]) -> Path:
     """One self-contained page about a question."""
     question, _, rest = doc.strip().partition("\n")
-    made = [row for part in parts for row in part.rows]
+    all_rows = [row for part in parts for row in part.rows]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,10 +86,10 @@ def write(path: Path, name: str, doc: str, parts: list[Part]) -> Path:
         about=rest.strip(),
         parts=parts,
         safe=Markup,
-        made=sorted({f"{row['device']}, {row['cores']} cores" for row in made}),
-        versions=made[0]["versions"],
-        commits=sorted({str(row["commit"])[:10] for row in made}),
-        n_rows=len(made),
+        devices=sorted({f"{row['device']}, {row['cores']} cores" for row in all_rows}),
+        versions=all_rows[0]["versions"],
+        commits=sorted({str(row["commit"])[:10] for row in all_rows}),
+        n_rows=len(all_rows),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")

@@ -67,16 +67,16 @@ def identity(config: dict, base: dict, text: str) -> dict:
     `config` has sections of plain values, `base` values by `section.field` that stand above them;
     numbers that `--set hyper.*` gave to every arm stand in `base`, too.
     """
-    found = {}
+    fields = {}
     for section, kind in SECTIONS.items():
         for field in dataclasses.fields(kind):
             path = f"{section}.{field.name}"
             if path in APART or field.metadata["bookkeeping"]:
                 continue
             value = base.get(path, config[section].get(field.name, field.default))
-            found[path] = list(value) if isinstance(value, tuple) else value
+            fields[path] = list(value) if isinstance(value, tuple) else value
     numbers = {path: value for path, value in base.items() if path.startswith("hyper.")}
-    return without_folders(found | numbers | {"text": text})
+    return without_folders(fields | numbers | {"text": text})
 
 
 def without_folders(tree):
@@ -90,11 +90,11 @@ def without_folders(tree):
 
 def by_study(rows: list[dict]) -> list[tuple[dict, list[dict]]]:
     """Pairs of study and rows, in the order of their first rows."""
-    found: dict[str, tuple[dict, list[dict]]] = {}
+    studies: dict[str, tuple[dict, list[dict]]] = {}
     for row in rows:
         key = study(row)
-        found.setdefault(json.dumps(key, sort_keys=True), (key, []))[1].append(row)
-    return list(found.values())
+        studies.setdefault(json.dumps(key, sort_keys=True), (key, []))[1].append(row)
+    return list(studies.values())
 
 
 def frame(rows: list[dict]) -> pd.DataFrame:
@@ -103,14 +103,14 @@ def frame(rows: list[dict]) -> pd.DataFrame:
     `extra` {"count": {"all": 3}} gives column `count/all`; lists stay as they are. `curve`,
     `config` and `references` hold dicts, `unigram`, `bigram` and `uniform` losses in nats.
     """
-    lines = []
+    records = []
     for row in rows:
         predictors = {k: row["references"][k]["loss"] for k in ("unigram", "bigram", "uniform")}
         run, whole = row["config"]["run"], ("config", "references", "curve", "id", "commit")
-        line = {"arm": row["arm"], "seed": row["seed"], "steps": run["steps"]}
-        line |= {"eval_every": run["eval_every"]} | predictors
-        lines.append(line | row["final"] | flat(row["extra"]) | {k: row.get(k) for k in whole})
-    return pd.DataFrame(lines)
+        record = {"arm": row["arm"], "seed": row["seed"], "steps": run["steps"]}
+        record |= {"eval_every": run["eval_every"]} | predictors
+        records.append(record | row["final"] | flat(row["extra"]) | {k: row.get(k) for k in whole})
+    return pd.DataFrame(records)
 
 
 def schedule(config: dict) -> tuple[RunConfig, Hyper]:

@@ -107,10 +107,10 @@ def values(df: pd.DataFrame, arm: str, column: str, steps: int | None = None) ->
 
 def each(df: pd.DataFrame, arm: str, column: str, steps: int | None = None) -> pd.Series:
     """`values` for a claim about every seed: raises NotEnough for fewer than SEEDS rows."""
-    found = values(df, arm, column, steps)
-    if len(found) < SEEDS:
-        raise NotEnough(f"{len(found)} seeds of {arm}")
-    return found
+    per_seed = values(df, arm, column, steps)
+    if len(per_seed) < SEEDS:
+        raise NotEnough(f"{len(per_seed)} seeds of {arm}")
+    return per_seed
 
 
 def mean(df: pd.DataFrame, arm: str, column: str, steps: int | None = None) -> Interval:

@@ -59,7 +59,7 @@ def episodes(path: Trajectory) -> list[Episode]:
     distinct predictions or more and a loss no higher than at the start of the collapse.
     """
     many = path.unique >= max(RECOVERED, 3 * SEVERE)
-    found, i = [], 0
+    collapses, i = [], 0
     while i < len(path.steps):
         if path.unique[i] >= SEVERE:
             i += 1
@@ -70,11 +70,11 @@ def episodes(path: Trajectory) -> list[Episode]:
         counts = _first(path.steps, _run_starts(many & after))
         recovery = None if end is None else int(path.steps[end])
         count_only = counts if counts != recovery else None
-        found.append(Episode(int(path.steps[i]), float(path.loss[i]), recovery, count_only))
+        collapses.append(Episode(int(path.steps[i]), float(path.loss[i]), recovery, count_only))
         if end is None:
             break
         i = end
-    return found
+    return collapses
 
 
 def half_step(steps: np.ndarray, ratio: np.ndarray) -> float | None:

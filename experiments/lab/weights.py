@@ -20,7 +20,7 @@ def sums_at(run: Finished, steps: list[int]) -> list[list[dict[str, tuple[str, d
 
     Those of `inspection.all_sums`; codes that flipped are counted from one step to the next.
     """
-    found, before = [[] for _ in run.replicates], None
+    by_replicate, before = [[] for _ in run.replicates], None
     for step in steps:
         params = run.states_at(step).params
         for i, rep in enumerate(run.replicates):
@@ -30,9 +30,9 @@ def sums_at(run: Finished, steps: list[int]) -> list[list[dict[str, tuple[str, d
             sums = inspection.all_sums(now, strength, was)
             for path, w in jax.tree.leaves_with_path(now):
                 sums[optim.path_name(path)][1]["histogram"] = histogram(w)
-            found[i].append(sums)
+            by_replicate[i].append(sums)
         before = params
-    return found
+    return by_replicate
 
 
 def histogram(w) -> np.ndarray:
