@@ -2,8 +2,9 @@
 
 A number is `reproduced` when it lies within the 95 % prediction interval for one more run of ours,
 give or take its own rounding; `not decided` when that interval is wider than half of what the
-number could be; `explained` when it follows from something that the report did not say. What the
-report computes from its own numbers, and what holds by construction, is counted apart.
+number could be, or there is one run and so no interval; `explained` when it follows from something
+that the report did not say. What the report computes from its own numbers, and what holds by
+construction, is counted apart.
 
     python -m experiments.lab.ledger                   # from the rows of reproduce_report
 """
@@ -277,7 +278,7 @@ def judge(entry: Entry, runs: pd.DataFrame, full: bool) -> Line:
     values = runs[entry.column].dropna()
     ours, spec = stats.interval(values), f".{entry.digits}f"
     if len(values) < 2:
-        return Line(entry, ours.text(spec) or "never", UNKNOWN if len(values) else DIFFERENT)
+        return Line(entry, ours.text(spec) or "never", UNDECIDED if len(values) else DIFFERENT)
     low, high = stats.prediction_interval(values)
     ours = replace(ours, low=low, high=high).text(spec)
     possible = entry.possible[1] - entry.possible[0]
