@@ -204,17 +204,17 @@ def weight_clearance(params) -> float:
 
 def clearance(cfg: Config, params, tokens_BL) -> jax.Array:
     """Smallest distance of a scaled activation from the middle of two int8 codes."""
-    found = []
+    distances = []
 
     def note(call, args, kwargs, context):
         if isinstance(context.module, BitLinear):
             scaled = args[0] * quant.activation_scale(args[0])
-            found.append(jnp.min(jnp.abs(scaled - jnp.floor(scaled) - 0.5)))
+            distances.append(jnp.min(jnp.abs(scaled - jnp.floor(scaled) - 0.5)))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
         Transformer(cfg.model).apply({"params": params}, tokens_BL, Hyper())
-    return jnp.min(jnp.stack(found))
+    return jnp.min(jnp.stack(distances))
 
 
 def logits(cfg: Config, params, tokens_BL, hyper: Hyper | None = None) -> np.ndarray:

@@ -85,15 +85,15 @@ def test_rescue_finds_the_scale_and_the_bias_that_were_taken_away():
 
 def test_the_difference_to_the_unigram_is_that_of_the_losses_on_the_same_positions(untied):
     s = subject_of(untied)
-    found, large = audit.predictions(s), s.program.evals.large
+    measured, large = audit.predictions(s), s.program.evals.large
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), large)
     nats = -jnp.log(s.program.evals.unigram_V)[rows.targets]
     unigram = float(jnp.sum(nats * rows.weights) / jnp.sum(rows.weights))
-    assert found["unigram_loss"] == pytest.approx(unigram, rel=1e-5)
-    assert found["loss"] == pytest.approx(
+    assert measured["unigram_loss"] == pytest.approx(unigram, rel=1e-5)
+    assert measured["loss"] == pytest.approx(
         float(cross_entropy(s.logits(rows.inputs), rows)), rel=1e-5
     )
-    assert 0 < found["minus_unigram_se"] < found["minus_unigram"]
+    assert 0 < measured["minus_unigram_se"] < measured["minus_unigram"]
 
 
 def test_without_attention_the_tokens_before_the_last_one_do_not_matter(untied):
@@ -173,16 +173,16 @@ def test_repeated_pieces_are_counted_at_any_place():
 
 def test_decay_audit_of_decoupled_decay_is_the_product(untied):
     s = subject_of(untied, decoupled_1=0.5, decoupled_2=0.25, decay_rest=0.1)
-    found = updates.decay(s)
+    factors = updates.decay(s)
     n = np.arange(1, 101)
     lr = np.asarray(optim.learning_rate(s.program.replicates[0].hyper, n, untied.run), np.float64)
     decay = np.where(n <= 50, 0.5, 0.25)
-    assert found["decay_expected_matrix"] == pytest.approx(np.prod(1 - lr * decay))
-    assert found["decay_expected_head"] == pytest.approx(np.prod(1 - lr * decay * 0.1))
+    assert factors["decay_expected_matrix"] == pytest.approx(np.prod(1 - lr * decay))
+    assert factors["decay_expected_head"] == pytest.approx(np.prod(1 - lr * decay * 0.1))
     for group in ("matrix", "head", "embedding", "norm"):
-        expected = found[f"decay_expected_{group}"]
-        assert found[f"decay_factor_{group}"] == pytest.approx(expected, rel=1e-5)
-        assert found[f"decay_spread_{group}"] < 1e-5 and found[f"decay_unscaled_{group}"] == 0
+        expected = factors[f"decay_expected_{group}"]
+        assert factors[f"decay_factor_{group}"] == pytest.approx(expected, rel=1e-5)
+        assert factors[f"decay_spread_{group}"] < 1e-5 and factors[f"decay_unscaled_{group}"] == 0
     hyper = subject.arrays(s.program.replicates[0].hyper)
     bias = updates.decay_numbers(s.program, hyper, {"output_bias": jnp.ones(3)})
     assert bias["decay_factor_bias"] == bias["decay_expected_bias"] == 1
@@ -204,15 +204,15 @@ def test_the_share_of_decay_in_an_update_is_that_of_its_norms(untied, monkeypatc
     """One step from new moments: Adam's part is lr * sign(gradient), AdamW's decay lr * d w."""
     monkeypatch.setattr(updates, "REPLAYED", 1)
     s = subject_of(untied, decoupled_1=0.5, decay_rest=1.0)
-    found = updates.updates(s)
+    update_stats = updates.updates(s)
     head = s.params["head"]["kernel"]
     by_decay = 0.5 * float(optax.tree.norm(head))
     share = by_decay / (by_decay + head.size**0.5)  # all signs are +-1: the norm of the rest
-    assert found["decay_share_head"] == pytest.approx(share, rel=1e-3)
+    assert update_stats["decay_share_head"] == pytest.approx(share, rel=1e-3)
     batch = jax.tree.map(lambda x: x[0], subject.served(s.program, 1))
     gradient = jax.grad(lambda p: cross_entropy(s.logits(batch.inputs, s.peak, p), batch))(s.params)
-    assert found["gradient_head"] == pytest.approx(subject.rms(gradient["head"]), rel=1e-4)
-    assert found["zeros_embedding"] > 0.5 > found["zeros_matrix"]
+    assert update_stats["gradient_head"] == pytest.approx(subject.rms(gradient["head"]), rel=1e-4)
+    assert update_stats["zeros_embedding"] > 0.5 > update_stats["zeros_matrix"]
     # The same compiled program: numbers are data.
     amounts = [1e-6, 1e-2, 10.0]
     shares = [
@@ -224,26 +224,26 @@ def test_the_share_of_decay_in_an_update_is_that_of_its_norms(untied, monkeypatc
 
 def test_what_is_not_updated_is_seen_in_any_optimiser(untied, monkeypatch):
     monkeypatch.setattr(updates, "REPLAYED", 1)
-    found = updates.updates(subject_of(untied, seams=seam_faults.FROZEN_OUTPUT))
-    assert found["update_head"] == 0 < found["update_matrix"]
-    found = updates.updates(subject_of(untied, seams=seam_faults.OTHER_OPTIMISER))
-    assert found["update_head"] > 0 and 0 < found["decay_share_matrix"] < 0.01
+    update_stats = updates.updates(subject_of(untied, seams=seam_faults.FROZEN_OUTPUT))
+    assert update_stats["update_head"] == 0 < update_stats["update_matrix"]
+    update_stats = updates.updates(subject_of(untied, seams=seam_faults.OTHER_OPTIMISER))
+    assert update_stats["update_head"] > 0 and 0 < update_stats["decay_share_matrix"] < 0.01
 
 
 def test_small_gradients_are_below_eps_and_clipping_is_told(untied, monkeypatch):
     monkeypatch.setattr(updates, "REPLAYED", 1)
     clipped = replace(untied, optim=replace(untied.optim, clip_norm=1e-6))
-    found = updates.updates(subject_of(clipped))
-    assert found["clip_factor"] < 1e-4 and found["below_eps_matrix"] > 0.4
+    update_stats = updates.updates(subject_of(clipped))
+    assert update_stats["clip_factor"] < 1e-4 and update_stats["below_eps_matrix"] > 0.4
 
 
 def test_labels_are_told_apart_before_training(untied):
     """A shift is seen although all targets cost about ln V; a regulariser is not a shift."""
     assert updates.labels(subject_of(untied)) == {"offset": 1, "offset_error": 0, "loss_error": 0}
-    found = updates.labels(subject_of(untied, seams=seam_faults.SHIFTED))
-    assert found["offset"] == 2 and found["offset_error"] < 1e-5 and found["loss_error"] > 0.1
-    found = updates.labels(subject_of(untied, seams=seam_faults.SMOOTHED))
-    assert found["offset_error"] > 0.1 * found["loss_error"]
+    labels = updates.labels(subject_of(untied, seams=seam_faults.SHIFTED))
+    assert labels["offset"] == 2 and labels["offset_error"] < 1e-5 and labels["loss_error"] > 0.1
+    labels = updates.labels(subject_of(untied, seams=seam_faults.SMOOTHED))
+    assert labels["offset_error"] > 0.1 * labels["loss_error"]
 
 
 def test_windows_served_again_and_padding_are_counted(untied):
@@ -273,9 +273,9 @@ def test_windows_served_again_and_padding_are_counted(untied):
 def test_displacement_of_doubled_and_of_unchanged_weights(untied):
     start = subject_of(untied).params
     doubled = start | {"head": jax.tree.map(lambda w: 2 * w, start["head"])}
-    found = updates.moved(doubled, start)
-    assert (found["moved_head"], found["norm_head"]) == (1, 2)
-    assert found["moved_matrix"] == found["moved_embedding"] == found["codes_changed"] == 0
+    moved = updates.moved(doubled, start)
+    assert (moved["moved_head"], moved["norm_head"]) == (1, 2)
+    assert moved["moved_matrix"] == moved["moved_embedding"] == moved["codes_changed"] == 0
     flipped = jax.tree.map(jnp.negative, start)
     codes = subject.codes_by_path(start).values()
     zeros = sum(int((q == 0).sum()) for q in codes) / sum(q.size for q in codes)
@@ -284,8 +284,8 @@ def test_displacement_of_doubled_and_of_unchanged_weights(untied):
 
 def test_overfit_stops_once_the_loss_is_low(untied):
     s = subject_of(untied)
-    found = updates.overfit(replace(s, overfit_steps=1000), windows=1)
-    assert found["overfit_loss"] < found["overfit_limit"] and found["overfit_steps"] < 1000
+    overfit = updates.overfit(replace(s, overfit_steps=1000), windows=1)
+    assert overfit["overfit_loss"] < overfit["overfit_limit"] and overfit["overfit_steps"] < 1000
     held = replace(subject_of(untied, lr_peak=0.0), overfit_steps=50)
     assert updates.overfit(held, windows=1)["overfit_loss"] > updates.OVERFIT_LOSS
 

@@ -159,5 +159,5 @@ ENTRY %main (x: f32[2,2]) -> (f32[2,2]) {
   ROOT %tuple = (f32[2,2]{1,0}) tuple(%add.2)
 }
 """
-    found = bench_bounds.product_names(hlo)
-    assert found == {"p": False, "dot.1": True, "x": False, "ynn_fusion": True, "add.2": False}
+    products = bench_bounds.product_names(hlo)
+    assert products == {"p": False, "dot.1": True, "x": False, "ynn_fusion": True, "add.2": False}

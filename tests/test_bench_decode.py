@@ -54,14 +54,14 @@ def test_a_ratio_is_how_many_times_faster_than_transformers_in_the_same_round(mo
     monkeypatch.setattr(bench_decode, "pack_params", lambda *_: {})
     monkeypatch.setattr(bench_decode, "Ours", FakeOurs)
     peers = {"transformers": None}
-    found = bench_decode.measure_batch(cfg, params, peers, np.zeros((1, 3), np.int32), args)
-    rows = {row["benchmark"]: row for row in found}
+    batch_rows = bench_decode.measure_batch(cfg, params, peers, np.zeros((1, 3), np.int32), args)
+    rows = {row["benchmark"]: row for row in batch_rows}
     ours = rows["program"]
     assert (ours["ratio_median"], ours["ratio_min"], ours["ratio_max"]) == (3, 2, 4)
     assert (ours["ms_median"], ours["tokens_per_second"]) == (1000, 1)
     assert rows["loop"]["ratio_max"] == 2 and rows["loop"]["same_tokens"] == 0.5
     assert "ratio_median" not in rows["transformers"]
-    assert "3 [2, 4] x transformers" in bench_decode.table(found)
+    assert "3 [2, 4] x transformers" in bench_decode.table(batch_rows)
 
 
 class FakeOurs:
@@ -74,13 +74,13 @@ class FakeOurs:
 
 def test_packed_weights_of_the_published_shapes():
     """Bytes by hand: a quarter per ternary weight, 2 per embedding entry, 4 per norm and scale."""
-    found = bench_decode.weight_memory(bench_decode.SHAPE_2B)
-    assert found["params"] == 2_412_820_480 and found["bf16_mb"] == 4825.64096
+    memory = bench_decode.weight_memory(bench_decode.SHAPE_2B)
+    assert memory["params"] == 2_412_820_480 and memory["bf16_mb"] == 4825.64096
     ternary = 30 * (2 * 2560 * 2560 + 2 * 640 * 2560 + 3 * 6912 * 2560)
     norms = 30 * (3 * 2560 + 6912) + 2560
-    assert ternary + 128_256 * 2560 + norms == found["params"]
+    assert ternary + 128_256 * 2560 + norms == memory["params"]
     packed = ternary / 4 + 2 * 128_256 * 2560 + 4 * (norms + 30 * 7)
-    assert found["packed_mb"] == packed / 1e6
+    assert memory["packed_mb"] == packed / 1e6
 
 
 @pytest.mark.parametrize(

@@ -27,19 +27,19 @@ def of_study(name, study):
     ],
 )
 def test_means_of_the_headline_table(arm, column, spec, printed):
-    found = stats.mean(of_study("end_collapse", FULL_BEFORE), arm, column)
-    assert found.text(spec) == printed
+    mean = stats.mean(of_study("end_collapse", FULL_BEFORE), arm, column)
+    assert mean.text(spec) == printed
 
 
 def test_a_paired_difference():
     df = of_study("end_collapse", FULL_BEFORE)
-    found = stats.difference(df, "AdamW for Adam", "coupled", LOSS)
-    assert found.text("+.2f") == "-2.39 [-2.51, -2.26]"
+    difference = stats.difference(df, "AdamW for Adam", "coupled", LOSS)
+    assert difference.text("+.2f") == "-2.39 [-2.51, -2.26]"
 
 
 def test_every_committed_row_has_a_place_of_its_own_and_a_named_study():
     names = [p.stem for p in rows.FOLDER.glob("*.jsonl") if not p.stem.startswith("bench_")]
     for name in names:
-        made = rows.read(name)
-        assert len({rows.place(row) for row in made}) == len(made)
-        assert all(studies.named(identity) for identity, _ in rows.by_study(made))
+        study_rows = rows.read(name)
+        assert len({rows.place(row) for row in study_rows}) == len(study_rows)
+        assert all(studies.named(identity) for identity, _ in rows.by_study(study_rows))

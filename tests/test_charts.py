@@ -80,8 +80,8 @@ def test_a_panel_names_its_own_axis():
     plain = charts.Panel(series, "Loss", "nats")
     share = charts.Panel(series, "Loss", "nats", xlabel="% of the run")
     assert "step" in words(charts.panels_svg([plain]))
-    told = words(charts.panels_svg([share]))
-    assert "% of the run" in told and "step" not in told
+    labels = words(charts.panels_svg([share]))
+    assert "% of the run" in labels and "step" not in labels
 
 
 def test_long_series_keep_their_ends():
@@ -130,5 +130,5 @@ def test_the_phase_portrait_has_the_loss_across_and_the_entropy_upwards(drawn):
 @pytest.mark.parametrize(("least", "ticks"), [(0.05, {"0.1", "0.2", "0.5"}), (1e-8, {"0.01"})])
 def test_a_logarithmic_axis_has_no_more_ticks_than_it_has_room_for(least, ticks):
     panel = charts.Panel([charts.Series("a", [0, 1], [1.0, least])], "Spread", "", log_y=True)
-    there = words(charts.panels_svg([panel]))
-    assert ticks <= there and len(there) < 16
+    labels = words(charts.panels_svg([panel]))
+    assert ticks <= labels and len(labels) < 16

@@ -119,10 +119,10 @@ def test_round_trip_is_bitwise(saved, state, wanted):
     )
 
 
-@pytest.mark.parametrize(("there", "here"), [(1, 8), (8, 1), (8, 2)])
-def test_restores_on_another_number_of_devices(tmp_path, there, here):
+@pytest.mark.parametrize(("source_devices", "here"), [(1, 8), (8, 1), (8, 2)])
+def test_restores_on_another_number_of_devices(tmp_path, source_devices, here):
     cfg = tiny_config()
-    state = random_state(abstract(cfg, mesh_of(there)))
+    state = random_state(abstract(cfg, mesh_of(source_devices)))
     save(tmp_path, state, 1)
     restored = checkpoint.restore(tmp_path, 1, abstract(cfg, mesh_of(here)))
     assert_same(restored, state)
@@ -130,12 +130,12 @@ def test_restores_on_another_number_of_devices(tmp_path, there, here):
 
 
 def test_one_replicate_is_its_slice(saved, state, wanted):
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), wanted)
+    abstract_replicate = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), wanted)
     for i in (0, 1):
         expected = jax.tree.map(lambda x, i=i: np.asarray(x)[i], state)  # a slice would flush
-        assert_same(checkpoint.restore_replicate(saved, 10, i, one), expected)
+        assert_same(checkpoint.restore_replicate(saved, 10, i, abstract_replicate), expected)
     with pytest.raises(UserError, match=r"no replicate 2; the checkpoint has 0 to 1$"):
-        checkpoint.restore_replicate(saved, 10, 2, one)
+        checkpoint.restore_replicate(saved, 10, 2, abstract_replicate)
 
 
 def test_keeps_the_last_two_the_regular_ones_and_the_boundary(tmp_path):

@@ -27,8 +27,8 @@ def command(bitnet, tiny, tmp_path):
 
 def only_line(err):
     """The one line on the terminal besides progress bars."""
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
-    (line,) = [line for line in lines if not line.startswith("tokenizing ")]
+    text_lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    (line,) = [line for line in text_lines if not line.startswith("tokenizing ")]
     return line
 
 

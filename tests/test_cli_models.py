@@ -65,10 +65,10 @@ def test_training_starts_where_the_exported_run_ended(trained, bitnet, tmp_path)
     bitnet("convert", "hf", workdir, tmp_path / "hf")
     start = dataclasses.replace(cfg.run, init=f"hf:{tmp_path / 'hf'}", recipes=("published",))
     cfg = dataclasses.replace(cfg, run=start)
-    made = program.build(cfg, presets.make_replicates(cfg, [5], {}))
-    state, step = restore.start_state(made, tmp_path)
-    found = made.evaluate(state)["eval/loss"]
-    assert step == 0 and found == pytest.approx(last_evaluation(workdir, 0)["eval/loss"], rel=1e-6)
+    built = program.build(cfg, presets.make_replicates(cfg, [5], {}))
+    state, step = restore.start_state(built, tmp_path)
+    loss = built.evaluate(state)["eval/loss"]
+    assert step == 0 and loss == pytest.approx(last_evaluation(workdir, 0)["eval/loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def document(prompt, text):
 )
 def test_windows_begin_with_prompts_and_hold_whole_documents(documents, starts, lengths):
     scored_N = np.concatenate([document(*sizes) for sizes in documents])
-    found = data.packed(scored_N, 8)
-    assert [x.tolist() for x in found] == [starts, lengths]
+    windows = data.packed(scored_N, 8)
+    assert [x.tolist() for x in windows] == [starts, lengths]
 
 
 @pytest.mark.parametrize("seq_len", [4, 9, 40])

@@ -85,13 +85,13 @@ def test_documents_between_separators_do_not_depend_on_blocks(block):
 def test_compressed_files_hold_the_same_documents(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(documents, "BLOCK_BYTES", 11)  # cuts characters of several bytes
     packed = COMPRESS[suffix]
-    text, lines = tmp_path / f"a.txt{suffix}", tmp_path / f"a.jsonl{suffix}"
+    text, jsonl = tmp_path / f"a.txt{suffix}", tmp_path / f"a.jsonl{suffix}"
     text.write_bytes(packed(SEPARATOR.join(STORIES).encode()))
     rows = [json.dumps({"id": i, "text": story}) for i, story in enumerate(STORIES)]
-    lines.write_bytes(packed("\n".join([*rows[:5], "", *rows[5:]]).encode()))
+    jsonl.write_bytes(packed("\n".join([*rows[:5], "", *rows[5:]]).encode()))
     assert read(text) == [story.rstrip("\n") for story in STORIES[:-1]] + STORIES[-1:]
     assert read(text, separator=None) == [SEPARATOR.join(STORIES)]
-    assert read(lines) == STORIES
+    assert read(jsonl) == STORIES
 
 
 def test_a_parquet_file_is_a_document_a_row(tmp_path):

@@ -100,9 +100,11 @@ def test_a_compiled_program_on_eight_devices():
     batches = jax.ShapeDtypeStruct((5, 16, 64), jnp.float32, sharding=by_row)
     compiled = jax.jit(steps, out_shardings=split).lower(shapes, batches).compile()
     whole = 5 * 64 * 32 * 4
-    found = costs.traffic(compiled.as_text())
-    assert found["all-gather"] == Traffic(5, whole, whole * 7 / 8)
-    assert found["all-reduce"].bytes + found.get("reduce-scatter", Traffic(0, 0, 0)).bytes == whole
+    traffic = costs.traffic(compiled.as_text())
+    assert traffic["all-gather"] == Traffic(5, whole, whole * 7 / 8)
+    assert (
+        traffic["all-reduce"].bytes + traffic.get("reduce-scatter", Traffic(0, 0, 0)).bytes == whole
+    )
     assert costs.flops(jax.make_jaxpr(steps)(shapes, batches).jaxpr) == 5 * 2 * (2 * 16 * 64 * 32)
 
 

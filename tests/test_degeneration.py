@@ -20,14 +20,16 @@ LOSSES = {"coupled": 5.0, "decoupled": 3.0, "published": 3.1}  # make_rows: unig
 
 
 def make(greedy=GREEDY, sampled=0.02, losses=LOSSES, seeds=3):
-    made = make_rows({arm: [loss + s / 100 for s in range(seeds)] for arm, loss in losses.items()})
-    for row in made:
+    run_rows = make_rows(
+        {arm: [loss + s / 100 for s in range(seeds)] for arm, loss in losses.items()}
+    )
+    for row in run_rows:
         ways = {"greedy": greedy[row["arm"]], "sampled": sampled, "nucleus": sampled, "text": 0.1}
         row["extra"]["decoding"] = {
             way: dict.fromkeys(KEYS, x + 0.001 * row["seed"] * (way == "greedy"))
             for way, x in ways.items()
         }
-    return rows.frame(made)
+    return rows.frame(run_rows)
 
 
 def statuses(**more):
@@ -65,7 +67,7 @@ def test_every_way_of_decoding_is_measured_and_the_text_is_the_same_for_all(tiny
     first, second = study.measure(run)["decoding"]
     assert set(first) == {*study.WAYS, "text"} and first["text"] == second["text"]
     assert first["greedy"] != second["greedy"]
-    for found in (first, second):
-        assert found["sampled"]["unique"] > found["greedy"]["unique"]
-        assert found["sampled"]["rep_4"] < 0.1 < found["greedy"]["rep_4"]
+    for decoding in (first, second):
+        assert decoding["sampled"]["unique"] > decoding["greedy"]["unique"]
+        assert decoding["sampled"]["rep_4"] < 0.1 < decoding["greedy"]["rep_4"]
     assert np.isfinite([first["text"][key] for key in KEYS]).all() and json.dumps(first)

@@ -24,9 +24,9 @@ def test_blind_is_half_way_from_the_unigram_to_uniform():
     assert edges.blind([0.01, 0.1], [[7.5, 8.0]], 6.0, 8.0) == 0
 
 
-@pytest.mark.parametrize(("told", "right"), [(0.051, True), (0.199, True), (0.049, False)])
-def test_an_edge_is_right_within_a_factor_of_2(told, right):
-    assert edges.right_edge(told, 0.1, [0.01, 1.0]) is right
+@pytest.mark.parametrize(("predicted", "right"), [(0.051, True), (0.199, True), (0.049, False)])
+def test_an_edge_is_right_within_a_factor_of_2(predicted, right):
+    assert edges.right_edge(predicted, 0.1, [0.01, 1.0]) is right
 
 
 def test_an_edge_beyond_the_decays_that_were_run_can_only_be_told_wrong():
@@ -63,9 +63,9 @@ def test_a_point_is_judged_kind_by_kind():
     assert marks["onset"] == [True] and marks["outcome"] == [False] and marks["blind"] == [False]
     assert marks["half_step"] == [True] and marks["loss"] == [False]
     assert marks["verdict"] == [True, False]
-    heads, lines = edges.table({"here": (TOLD, FOUND)})
-    assert {len(line) for line in lines} == {len(heads)}
-    assert [line[1:4] for line in lines[-2:]] == [
+    heads, table_rows = edges.table({"here": (TOLD, FOUND)})
+    assert {len(line) for line in table_rows} == {len(heads)}
+    assert [line[1:4] for line in table_rows[-2:]] == [
         ["1 of 1", "0 of 1", "0 of 1"],  # predicted
         ["1 of 1", "1 of 1", "0 of 1"],  # the centre's for all
     ]
@@ -80,8 +80,8 @@ def test_every_point_has_arms_and_the_names_say_point_and_decay():
 
 def test_the_committed_rows_give_the_edges_of_their_points():
     df = rows.frame(rows.read("critical_decay"))
-    found = edges.measure(df, "centre")
-    assert {name: found[name] for name in edges.EDGES} == edges.CENTRE
-    assert found["onset"] < found["blind"] and found["outcome"] < found["blind"]
-    losses = [at["loss"] for at in found["decays"].values()]
+    measured = edges.measure(df, "centre")
+    assert {name: measured[name] for name in edges.EDGES} == edges.CENTRE
+    assert measured["onset"] < measured["blind"] and measured["outcome"] < measured["blind"]
+    losses = [at["loss"] for at in measured["decays"].values()]
     assert losses == sorted(losses) and metrics.HELD_OUT_LOSS in df

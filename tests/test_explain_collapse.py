@@ -22,15 +22,15 @@ def loss(levels, seed):
 
 
 def frame():
-    made = {
+    losses = {
         ", ".join(levels): [loss(levels, seed) for seed in range(3)]
         for levels in itertools.product(*study.FACTORS.values())
     }
-    found = make_rows(made | {name: [8.0, 8.1, 8.2] for name in study.RIVALS})
-    for row in found:
+    run_rows = make_rows(losses | {name: [8.0, 8.1, 8.2] for name in study.RIVALS})
+    for row in run_rows:
         counts = {name: 100 * 2**i for i, name in enumerate(study.RIVALS, 1)}
         row["extra"] |= {"above_1.1": {"all": counts.get(row["arm"], 100)}}
-    return rows.frame(found)
+    return rows.frame(run_rows)
 
 
 def test_every_combination_of_levels_is_an_arm():
@@ -55,8 +55,8 @@ def test_the_interaction_is_the_harm_that_ternary_weights_add():
 
 def test_claims_follow_from_the_rows():
     df = frame()
-    found = {claim.name: judge(claim, QUICK, df).status for claim in study.CLAIMS}
-    assert found == {
+    statuses = {claim.name: judge(claim, QUICK, df).status for claim in study.CLAIMS}
+    assert statuses == {
         "most": HOLDS,
         "others": HOLDS,
         "amplified": HOLDS,

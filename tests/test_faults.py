@@ -104,13 +104,13 @@ def make(losses=(), named=(), alarm=False, seeds=5):
     """The right cause first for every fault; the rate 10 times too high does no harm."""
     ends = {arm.name: [6.0] for arm in study.ARMS} | {"learning rate 10x high": [4.0]}
     ends |= {study.HEALTHY: [5.0 + s / 100 for s in range(seeds)]} | dict(losses)
-    made = make_rows(ends)
-    for row in made:
+    run_rows = make_rows(ends)
+    for row in run_rows:
         cause = {arm: fault.cause for arm, fault in study.BY_ARM.items()} | dict(named)
         finding = {"name": cause[row["arm"]], "score": 1.0, "evidence": ""}
         silent = row["arm"] == study.HEALTHY and not alarm
         row["extra"]["causes"] = [] if silent else [finding]
-    return rows.frame(made)
+    return rows.frame(run_rows)
 
 
 def statuses(**more):
@@ -129,8 +129,8 @@ def statuses(**more):
     ],
 )
 def test_claims_fail_on_rows_that_contradict_them(changed, wrong):
-    found = statuses(**changed)
-    assert found == {name: FAILS if name in wrong else HOLDS for name in found}
+    claim_statuses = statuses(**changed)
+    assert claim_statuses == {name: FAILS if name in wrong else HOLDS for name in claim_statuses}
 
 
 def test_two_healthy_seeds_decide_nothing():

@@ -142,49 +142,55 @@ def test_the_report_s_schedule_is_two_stage():
     ours = forecast.of_run(Config(ModelConfig(layout="report"), run=run), hyper, ZIPF, 3e-4)[
         0
     ].rates_T
-    told = forecast.rates("two-stage", 1.5e-3, 375, 1000)
-    np.testing.assert_allclose(ours[:375], told[:375], rtol=1e-5)
+    rates_T = forecast.rates("two-stage", 1.5e-3, 375, 1000)
+    np.testing.assert_allclose(ours[:375], rates_T[:375], rtol=1e-5)
 
 
 def test_a_setting_of_ours_has_the_decays_of_both_stages_and_the_initialisation():
     cfg = Config(ModelConfig(layout="report", tied_embedding=False, d_model=64), run=RunConfig(100))
-    found, decay = forecast.of_run(
+    run_setting, decay = forecast.of_run(
         cfg, presets.RECIPES["coupled"](RunConfig(steps=100)), ZIPF, 3e-4
     )
-    assert decay == pytest.approx(0.1) and found.init == 1 / 8 and found.uniform
-    np.testing.assert_allclose(found.shape_T, [1] * 50 + [0.5] * 50)
+    assert decay == pytest.approx(0.1) and run_setting.init == 1 / 8 and run_setting.uniform
+    np.testing.assert_allclose(run_setting.shape_T, [1] * 50 + [0.5] * 50)
     _, outside = forecast.of_run(
         cfg, presets.RECIPES["decoupled"](RunConfig(steps=100)), ZIPF, 3e-4
     )
     assert outside == 0
 
 
-def told(**changed):
+def forecast_with(**changed):
     base = dict(decay=0.1, onset=0.01, outcome=0.02, blind=0.05, half_step=70.0, loss=5.0)
     base |= dict(entropy=5.5, alive=3.0, mass=0.2, unigram=4.0, uniform=5.7, undecayed=4.1)
     return forecast.Forecast(**base | changed)
 
 
 def test_what_is_expected_depends_on_the_outcome_edge_and_its_error():
-    assert forecast.expected(told()) == "collapse"
-    assert forecast.expected(told(decay=0.02)) == "edge"
-    for harmless in (told(decay=0.0), told(decay=1e-3), told(outcome=None)):
+    assert forecast.expected(forecast_with()) == "collapse"
+    assert forecast.expected(forecast_with(decay=0.02)) == "edge"
+    for harmless in (
+        forecast_with(decay=0.0),
+        forecast_with(decay=1e-3),
+        forecast_with(outcome=None),
+    ):
         assert forecast.expected(harmless) == "no collapse by decay"
         assert forecast.warning(harmless) is None
-    assert forecast.expected(told(undecayed=4.9)) == "cannot tell"
-    assert "4.90" in "".join(forecast.terminal_lines(told(undecayed=4.9)))
-    assert forecast.expected(told(undecayed=4.5)) == "collapse"
-    assert "0.1" in forecast.warning(told()) and "\n" not in forecast.warning(told())
+    assert forecast.expected(forecast_with(undecayed=4.9)) == "cannot tell"
+    assert "4.90" in "".join(forecast.terminal_lines(forecast_with(undecayed=4.9)))
+    assert forecast.expected(forecast_with(undecayed=4.5)) == "collapse"
+    assert "0.1" in forecast.warning(forecast_with()) and "\n" not in forecast.warning(
+        forecast_with()
+    )
 
 
 def test_context_goes_before_word_frequencies_and_the_spread_is_halved_beyond_the_onset():
-    found = forecast.forecast(setting(steps=200), 0.3)
-    assert found.outcome < found.blind and found.onset < 0.3
-    assert 0 < found.half_step < 200
+    prediction = forecast.forecast(setting(steps=200), 0.3)
+    assert prediction.outcome < prediction.blind and prediction.onset < 0.3
+    assert 0 < prediction.half_step < 200
     gentle = forecast.forecast(setting(steps=200), 1e-5)
-    assert gentle.half_step is None and gentle.loss < found.loss
+    assert gentle.half_step is None and gentle.loss < prediction.loss
     spared = dataclasses.replace(setting(steps=200), decay_head=0.0, decay_norm=0.0)
-    assert forecast.forecast(spared, 0.1).loss < found.loss
+    assert forecast.forecast(spared, 0.1).loss < prediction.loss
 
 
 COUNTS = ("--optimizer", "adam", "--lr", "1e-3", "--steps", "100", "--width", "64",

@@ -97,17 +97,17 @@ def trained(tmp_path_factory, cache_folder):
         patch.setenv("BITNET_JAX_CACHE", str(cache_folder))
         with pytest.MonkeyPatch.context() as two:
             two.setattr(study, "FORKS", TWO)
-            made = study.train(request, list(study.ARMS), study.measure)
+            run_rows = study.train(request, list(study.ARMS), study.measure)
         (source,) = {
             request.workdir / row["id"].partition("/")[0]
-            for row in made
+            for row in run_rows
             if row["arm"].endswith(UNFORKED)
         }
-        yield request, made, source
+        yield request, run_rows, source
 
 
-def by_fork(made, kind, fork):
-    (row,) = (row for row in made if row["arm"] == f"{kind} {fork}")
+def by_fork(run_rows, kind, fork):
+    (row,) = (row for row in run_rows if row["arm"] == f"{kind} {fork}")
     return row
 
 
@@ -115,8 +115,10 @@ def by_fork(made, kind, fork):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_restored_run_repeats_the_one_not_stopped_and_others_share_its_past(trained, kind):
     """Every number of stage 2 in the log, and every bit of the state at the end."""
-    _, made, _ = trained
-    whole, restored, continued = (by_fork(made, kind, x) for x in (UNFORKED, STAGE_2, CONTINUED))
+    _, run_rows, _ = trained
+    whole, restored, continued = (
+        by_fork(run_rows, kind, x) for x in (UNFORKED, STAGE_2, CONTINUED)
+    )
     for key in ("final", "curve", "extra"):
         assert restored[key] == whole[key]
     past = whole["curve"]["step"].index(BOUNDARY) + 1
@@ -128,10 +130,10 @@ def test_the_restored_run_repeats_the_one_not_stopped_and_others_share_its_past(
 
 @pytest.mark.slow
 def test_all_arms_are_of_one_study_and_a_repeated_command_trains_nothing(trained, two_forks):
-    request, made, source = trained
-    assert len(rows.by_study(made)) == 1 and len({rows.place(row) for row in made}) == 6
+    request, run_rows, source = trained
+    assert len(rows.by_study(run_rows)) == 1 and len({rows.place(row) for row in run_rows}) == 6
     begun = (source / "metrics.jsonl").stat().st_mtime_ns
-    assert study.train(request, list(study.ARMS), study.measure) == made
+    assert study.train(request, list(study.ARMS), study.measure) == run_rows
     assert (source / "metrics.jsonl").stat().st_mtime_ns == begun
 
 
@@ -187,13 +189,15 @@ def make(losses=LOSSES, before=(5.2, 4.0), seeds=3):
         for kind in KINDS
         for fork in (UNFORKED, *FORKS)
     }
-    made = make_rows({arm: [loss + s / 100 for s in range(seeds)] for arm, loss in ends.items()})
-    for row in made:
+    run_rows = make_rows(
+        {arm: [loss + s / 100 for s in range(seeds)] for arm, loss in ends.items()}
+    )
+    for row in run_rows:
         at = dict.fromkeys(BOUNDARY_KEYS, 1.0)
         at[LOSS] = before[KINDS.index(row["arm"].split()[0])] + row["seed"] / 50
         row["extra"] |= {"boundary": at, "fingerprint": {"rows": "a", "state": "b"}}
         row["curve"] |= {"collapse/mutual_information": [0.0, 0.5]}
-    return made
+    return run_rows
 
 
 def statuses(**more):
@@ -214,16 +218,16 @@ def test_claims_fail_on_rows_that_contradict_them():
 
 
 def test_two_seeds_decide_nothing_but_the_restored_run():
-    found = statuses(seeds=2)
-    assert found.pop("restored") == HOLDS and set(found.values()) == {UNDECIDED}
+    claim_statuses = statuses(seeds=2)
+    assert claim_statuses.pop("restored") == HOLDS and set(claim_statuses.values()) == {UNDECIDED}
 
 
 def test_a_restored_run_that_differs_is_found():
-    made = make()
-    for row in made:
+    run_rows = make()
+    for row in run_rows:
         if (row["arm"], row["seed"]) == (f"decoupled {STAGE_2}", 2):
             row["extra"]["fingerprint"] = {"rows": "a", "state": "c"}
-    assert study.differing(rows.frame(made)) == ["decoupled stage 2, seed 2"]
+    assert study.differing(rows.frame(run_rows)) == ["decoupled stage 2, seed 2"]
 
 
 def test_tables_pair_every_arm_with_stage_1_continued():

@@ -77,12 +77,12 @@ def test_greedy_is_the_argmax_of_full_forward_passes(model):
     new_RBN = run(model)
     assert new_RBN.dtype == np.int32 and new_RBN.shape == (2, 3, N_NEW)
     for i in range(2):
-        one, h = jax.tree.map(lambda x, i=i: x[i], (params, hyper))
+        replicate_params, h = jax.tree.map(lambda x, i=i: x[i], (params, hyper))
         for b, length in enumerate(LENGTHS_B):
             whole = np.zeros(5 + N_NEW, np.int32)  # causal: what follows a position has no say
             whole[:length] = prompts_BP[b, :length]
             for n in range(length, length + N_NEW):
-                whole[n] = np.asarray(full(one, h, whole[None]))[0, n - 1].argmax()
+                whole[n] = np.asarray(full(replicate_params, h, whole[None]))[0, n - 1].argmax()
             assert new_RBN[i, b].tolist() == whole[length : length + N_NEW].tolist()
     assert len(np.unique(new_RBN)) > 5
 
@@ -90,13 +90,13 @@ def test_greedy_is_the_argmax_of_full_forward_passes(model):
 def test_logits_through_the_cache_equal_the_full_pass(model):
     """Of a prefill, of single tokens after it, and of rows that stand at different positions."""
     cfg, params, hyper, _ = model
-    one, h = jax.tree.map(lambda x: x[0], (params, hyper))
+    replicate_params, h = jax.tree.map(lambda x: x[0], (params, hyper))
     tokens_BL = np.random.default_rng(1).integers(0, V, (2, 9)).astype(np.int32)
-    expected_BLV = np.asarray(forward(cfg)(one, h, tokens_BL))
+    expected_BLV = np.asarray(forward(cfg)(replicate_params, h, tokens_BL))
 
     @jax.jit
     def cached(cache, tokens_BL, position_BL):
-        variables = {"params": one, "cache": cache}
+        variables = {"params": replicate_params, "cache": cache}
         return Transformer(cfg.model).apply(variables, tokens_BL, h, position_BL, mutable="cache")
 
     cache = empty_cache(cfg.model, 2, 12)
@@ -195,8 +195,8 @@ PROBS = np.array([0.1, 0.4, 0.2, 0.3])
 )
 def test_draws_follow_the_tempered_and_cut_distribution(sampling, expected):
     """The nucleus is taken from what top-k left: of 4, 3, 2 ninths the first two reach 0.7."""
-    found = draws(np.log(PROBS), **sampling)
-    assert np.abs(found - expected).max() < 0.02 and (found[expected == 0] == 0).all()
+    frequencies = draws(np.log(PROBS), **sampling)
+    assert np.abs(frequencies - expected).max() < 0.02 and (frequencies[expected == 0] == 0).all()
 
 
 def test_a_repetition_penalty_lowers_logits_of_either_sign():
@@ -291,10 +291,12 @@ def test_a_hugging_face_folder_writes_the_same_text_packed_or_not(bytewise, tmp_
     """Speed goes to standard error, so that standard output is the same."""
     cfg, params, _, _ = random_model(n_layers=1)
     cfg = replace(cfg, model=replace(cfg.model, vocab_size=257))
-    one = jax.tree.map(lambda x: x[0], params)
-    one["embed"]["embedding"] = np.random.default_rng(2).normal(size=(257, 32)).astype(np.float32)
+    replicate_params = jax.tree.map(lambda x: x[0], params)
+    replicate_params["embed"]["embedding"] = (
+        np.random.default_rng(2).normal(size=(257, 32)).astype(np.float32)
+    )
     for name, packed in {"latents": False, "codes": True}.items():
-        hf.export(tmp_path / name, cfg, one, config.Hyper(), bytewise, packed=packed)
+        hf.export(tmp_path / name, cfg, replicate_params, config.Hyper(), bytewise, packed=packed)
     texts = []
     for folder, flags in (("latents", []), ("latents", ["--packed"]), ("codes", [])):
         argv = [str(tmp_path / folder), "--prompt", "a", "--tokens", "20", *flags]
@@ -314,8 +316,8 @@ END = ord("$")
 
 def test_degeneration_of_a_cycle_by_hand():
     """`abcd` five times: 4 distinct of 20 tokens, and 4 distinct of 17 four-grams."""
-    found = generate.degeneration(letters("abcd" * 5), END)
-    assert found == {
+    stats = generate.degeneration(letters("abcd" * 5), END)
+    assert stats == {
         "unique": 4,
         "distinct_1": 4 / 20,
         "distinct_2": 4 / 19,
@@ -328,18 +330,18 @@ def test_degeneration_of_a_cycle_by_hand():
 
 
 def test_degeneration_of_text_without_repetition_is_none():
-    found = generate.degeneration(letters("abcdefghij"), END)
-    assert found["unique"] == 10 and found["rep_4"] == found["loop"] == 0
-    assert found["distinct_1"] == found["distinct_4"] == 1 and found["loop_period"] is None
+    stats = generate.degeneration(letters("abcdefghij"), END)
+    assert stats["unique"] == 10 and stats["rep_4"] == stats["loop"] == 0
+    assert stats["distinct_1"] == stats["distinct_4"] == 1 and stats["loop_period"] is None
 
 
 def test_degeneration_averages_continuations_and_stops_at_their_end_of_text():
     """Three letters and the end, then a loop of period 1 that lasts."""
     tokens = np.concatenate([letters("abc$$$$$$$"), letters("xyzaaaaaaa")])
-    found = generate.degeneration(tokens, END)
-    assert found["unique"] == (3 + 4) / 2 and found["distinct_1"] == (1 + 0.4) / 2
-    assert found["distinct_4"] == (1 + 4 / 7) / 2  # three tokens have no four-grams to repeat
-    assert found["loop"] == 0.5 and found["loop_period"] == 1
+    stats = generate.degeneration(tokens, END)
+    assert stats["unique"] == (3 + 4) / 2 and stats["distinct_1"] == (1 + 0.4) / 2
+    assert stats["distinct_4"] == (1 + 4 / 7) / 2  # three tokens have no four-grams to repeat
+    assert stats["loop"] == 0.5 and stats["loop_period"] == 1
 
 
 @pytest.mark.parametrize(

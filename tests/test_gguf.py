@@ -47,21 +47,21 @@ def test_a_float32_file_holds_the_weights_that_a_bit_linear_multiplies_with(
     tmp_path, tokenizer, shape
 ):
     cfg, params, reader = written(tmp_path, tokenizer, shape, kind="f32")
-    found, block = values(reader), params["block_0"]
+    tensors, block = values(reader), params["block_0"]
     down = block["ffn"]["down"]["kernel"]
     wanted = np.asarray(quant.quantize_weight(down, 1.0, np.float32)).T
-    np.testing.assert_allclose(found["blk.0.ffn_down.weight"], wanted, rtol=2e-7)
+    np.testing.assert_allclose(tensors["blk.0.ffn_down.weight"], wanted, rtol=2e-7)
     query = np.asarray(quant.quantize_weight(block["attn"]["q"]["kernel"], 1.0, np.float32)).T
     if cfg.model.layout == "llama":  # pairs of a head lie side by side: 0, 3, 1, 4, 2, 5
         query = query.reshape(4, 6, 24)[:, [0, 3, 1, 4, 2, 5]].reshape(24, 24)
-        assert "blk.0.ffn_sub_norm.weight" not in found
-        np.testing.assert_array_equal(found["output.weight"], params["head"]["kernel"].T)
+        assert "blk.0.ffn_sub_norm.weight" not in tensors
+        np.testing.assert_array_equal(tensors["output.weight"], params["head"]["kernel"].T)
     else:
         sub_norm = block["ffn"]["sub_norm"]["scale"]
-        np.testing.assert_array_equal(found["blk.0.ffn_sub_norm.weight"], sub_norm)
-        assert "output.weight" not in found
-    np.testing.assert_allclose(found["blk.0.attn_q.weight"], query, rtol=2e-7)
-    np.testing.assert_array_equal(found["token_embd.weight"], params["embed"]["embedding"])
+        np.testing.assert_array_equal(tensors["blk.0.ffn_sub_norm.weight"], sub_norm)
+        assert "output.weight" not in tensors
+    np.testing.assert_allclose(tensors["blk.0.attn_q.weight"], query, rtol=2e-7)
+    np.testing.assert_array_equal(tensors["token_embd.weight"], params["embed"]["embedding"])
     architecture = key(reader, "general.architecture")
     assert architecture == gguf.ARCHITECTURES[cfg.model.layout]
     numbers = [key(reader, f"{architecture}.{name}") for name in (

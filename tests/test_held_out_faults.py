@@ -112,8 +112,8 @@ def test_with_all_numbers_0_a_layer_is_the_standard_one_and_else_it_is_not():
     jax.tree.map(np.testing.assert_array_equal, run(planted.bit_linear), run(model.bit_linear))
     sound, gradient = run(model.bit_linear)
     for name, size in (("dropout", 0.3), ("largest", 1.0), ("batch_scale", 1.0)):
-        found, slope = run(planted.bit_linear, **{name: size})
-        assert found != sound and slope.any(), name
+        value, slope = run(planted.bit_linear, **{name: size})
+        assert value != sound and slope.any(), name
     same, lost = run(planted.bit_linear, activation_gradient_lost=1.0)
     assert same == sound and gradient.any() and not lost.any()
 
@@ -141,15 +141,15 @@ def test_faults_have_one_seed_and_controls_all():
 def make(verdicts=(), named=()):
     """The right cause or a symptom for each fault, harm of all but one, silent controls."""
     ends = {name: [6.0] for name in planted.FAULTS} | {"dropout left on": [5.0]}
-    made = make_rows(ends | {study.CONTROL: [5.0, 5.01, 5.02, 5.03]})
-    for row in made:
+    run_rows = make_rows(ends | {study.CONTROL: [5.0, 5.01, 5.02, 5.03]})
+    for row in run_rows:
         arm, loss = row["arm"], row["final"]["eval/loss"]
         cause = (planted.FAULTS[arm][1] or ("context ignored",))[0] if arm != study.CONTROL else ""
         cause = dict(named).get(arm, cause)
         row["extra"]["causes"] = [{"name": cause}] if cause else []
         row["final"] |= {HELD_OUT_LOSS: loss}
         row["final"]["collapse/verdict"] = dict(verdicts).get(arm, "healthy")
-    return rows.frame(made)
+    return rows.frame(run_rows)
 
 
 @pytest.mark.parametrize(

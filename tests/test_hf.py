@@ -82,13 +82,13 @@ def test_packed_weights_are_the_ternary_weights_of_training(tmp_path):
     hf.export(tmp_path / "out", cfg, params, Hyper(), tok, packed=True)
     packed_cfg, packed, _ = hf.load(tmp_path / "out")
     assert packed_cfg.model == replace(cfg.model, weight_format="packed")
-    latents, found = flatten_dict(params, sep="/"), flatten_dict(packed, sep="/")
-    assert same(found["head/kernel"], latents["head/kernel"])
+    latents, arrays = flatten_dict(params, sep="/"), flatten_dict(packed, sep="/")
+    assert same(arrays["head/kernel"], latents["head/kernel"])
     for name in ("block_0/attn/k", "block_0/ffn/gate", "block_0/ffn/down"):
-        codes_IO = quant.unpack_ternary(found[f"{name}/packed"])
+        codes_IO = quant.unpack_ternary(arrays[f"{name}/packed"])
         w = quant.quantize_weight(latents[f"{name}/kernel"], 1.0, np.float32)
-        assert (codes_IO * found[f"{name}/scale"] == w).all() and len(np.unique(w)) == 3
-        assert found[f"{name}/scale"].shape == () and found[f"{name}/packed"].dtype == np.uint8
+        assert (codes_IO * arrays[f"{name}/scale"] == w).all() and len(np.unique(w)) == 3
+        assert arrays[f"{name}/scale"].shape == () and arrays[f"{name}/packed"].dtype == np.uint8
 
 
 def test_four_row_blocks_share_a_byte_in_the_file(tmp_path):
@@ -101,8 +101,8 @@ def test_four_row_blocks_share_a_byte_in_the_file(tmp_path):
     rows = packed.shape[0]
     assert packed.dtype == np.uint8 and packed.shape == (12, 24)
     for i in range(4):
-        found = (packed >> 2 * i & 3).astype(int) - 1
-        assert (found == codes_OI[i * rows : (i + 1) * rows]).all()
+        codes = (packed >> 2 * i & 3).astype(int) - 1
+        assert (codes == codes_OI[i * rows : (i + 1) * rows]).all()
 
 
 def test_the_scale_of_an_autobitlinear_is_a_value_and_of_a_bitlinear_an_inverse(copy):
@@ -117,8 +117,8 @@ def test_the_scale_of_an_autobitlinear_is_a_value_and_of_a_bitlinear_an_inverse(
 
 
 def test_the_published_model_has_its_parameters_and_no_other_names():
-    found = hf.shapes(PUBLISHED)
-    assert sum(np.prod(shape) for shape in found.values()) == 2_412_820_480
+    shapes = hf.shapes(PUBLISHED)
+    assert sum(np.prod(shape) for shape in shapes.values()) == 2_412_820_480
     names = {"model.embed_tokens.weight", "model.norm.weight"}
     for i in range(30):
         names |= {
@@ -131,7 +131,7 @@ def test_the_published_model_has_its_parameters_and_no_other_names():
                 *(f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj", "ffn_sub_norm")),
             )
         }
-    assert {hf.hf_key(name) for name in found} == names
+    assert {hf.hf_key(name) for name in shapes} == names
     packed = hf.shapes(replace(PUBLISHED, weight_format="packed"))
     scales = {name.replace("weight", "weight_scale") for name in names if "_proj" in name}
     assert {hf.hf_key(name) for name in packed} == names | scales
@@ -146,9 +146,9 @@ def test_shards_of_bfloat16_are_read_as_published(copy):
     edit_json(folder / "config.json", torch_dtype="bfloat16")
     cfg, params, _ = hf.load(folder)
     assert cfg.model.dtype == "bfloat16" and cfg.model.n_kv_heads == 2
-    found = {hf.hf_key(name): w for name, w in flatten_dict(params, sep="/").items()}
+    params_by_key = {hf.hf_key(name): w for name, w in flatten_dict(params, sep="/").items()}
     for key, w in rounded.items():
-        ours = found[key].T if w.ndim == 2 and "embed" not in key else found[key]
+        ours = params_by_key[key].T if w.ndim == 2 and "embed" not in key else params_by_key[key]
         assert ours.dtype == np.float32 and (ours == w.astype(np.float32)).all(), key
 
 
@@ -156,8 +156,8 @@ def test_a_stripped_quantization_config_is_warned_of_and_read_as_a_bitnet(copy, 
     folder = copy()
     edit_json(folder / "config.json", quantization_config=...)
     cfg, params, _ = hf.load(folder)
-    told = capsys.readouterr().err
-    assert told.startswith(f"WARNING: {folder}: config.json has no quantization_config")
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"WARNING: {folder}: config.json has no quantization_config")
     assert cfg.model.weight_format == "ternary" and same(params, hf.load(LATENTS)[1])
     assert not capsys.readouterr().err
 
@@ -166,7 +166,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected_error"),
     [
         ({"model.layers.1.mlp.bias": np.zeros(3)}, "unknown key model.layers.1.mlp.bias"),
         ({Q: None}, f"missing key {Q} (1 missing in all)"),
@@ -176,21 +176,21 @@ Q = "model.layers.0.self_attn.q_proj.weight"
     ],
     ids=["unknown", "missing", "shape", "dtype", "codes"],
 )
-def test_keys_that_do_not_fit_are_named(copy, change, told):
+def test_keys_that_do_not_fit_are_named(copy, change, expected_error):
     folder = copy()
     write_tensors(folder, tensors_of(folder) | change)
-    assert told in message(folder)
+    assert expected_error in message(folder)
 
 
 def test_codes_that_are_not_ternary_or_not_codes_are_named(copy):
     folder = copy(PACKED)
     tensors = tensors_of(folder)
-    for wrong, told in (
+    for wrong, expected_error in (
         (tensors[Q] | 0b1100, f"{Q} holds the code 3"),
         (tensors[Q].astype(np.int32), f"{Q} is int32; expected uint8"),
     ):
         write_tensors(folder, tensors | {Q: wrong})
-        assert told in message(folder)
+        assert expected_error in message(folder)
     write_tensors(folder, tensors)
     edit_json(folder / "config.json", quantization_config=...)
     assert "unknown key model.layers.0.mlp.down_proj.weight_scale" in message(folder)
@@ -218,7 +218,7 @@ def tensors_of_file(path):
 
 
 @pytest.mark.parametrize(
-    ("model", "hyper", "packed", "told"),
+    ("model", "hyper", "packed", "expected_error"),
     [
         ({"layout": "report"}, {}, False, "model.layout=report"),
         ({"output_bias": True}, {}, False, "model.output_bias=true"),
@@ -233,7 +233,7 @@ def tensors_of_file(path):
     ids=str,
 )
 def test_what_transformers_cannot_express_is_refused_with_the_reason(
-    tmp_path, model, hyper, packed, told
+    tmp_path, model, hyper, packed, expected_error
 ):
     cfg, params, tok = hf.load(LATENTS)
     cfg = replace(cfg, model=replace(cfg.model, **model))
@@ -241,7 +241,7 @@ def test_what_transformers_cannot_express_is_refused_with_the_reason(
         params["block_0"]["ffn"]["gate"]["kernel"] = np.ones((24, model["d_ff"]), np.float32)
     with pytest.raises(UserError) as caught:
         hf.export(tmp_path / "out", cfg, params, Hyper(**hyper), tok, packed=packed)
-    assert told in str(caught.value) and not any(tmp_path.iterdir())
+    assert expected_error in str(caught.value) and not any(tmp_path.iterdir())
 
 
 def test_a_parameter_without_a_place_is_named():
@@ -281,29 +281,29 @@ def test_a_folder_is_a_tokenizer():
 def imported(tiny, tmp_path):
     """A configuration that starts from a folder, and the parameters in it."""
     cfg = replace(tiny, model=replace(tiny.model, n_layers=1))
-    made = program.build(cfg, presets.make_replicates(cfg, [7], {}))
-    params = jax.tree.map(lambda x: np.asarray(x[0]), made.init().params)
-    hf.export(tmp_path / "hf", made.cfg, params, Hyper(), made.tokens.tokenizer)
+    built = program.build(cfg, presets.make_replicates(cfg, [7], {}))
+    params = jax.tree.map(lambda x: np.asarray(x[0]), built.init().params)
+    hf.export(tmp_path / "hf", built.cfg, params, Hyper(), built.tokens.tokenizer)
     return replace(cfg, run=replace(cfg.run, init=f"hf:{tmp_path / 'hf'}")), params
 
 
 def start(cfg):
-    made = program.build(cfg, presets.make_replicates(cfg, [0], {}))
-    return made, *restore.start_state(made, Path("nowhere"))
+    built = program.build(cfg, presets.make_replicates(cfg, [0], {}))
+    return built, *restore.start_state(built, Path("nowhere"))
 
 
 def test_training_starts_from_a_folder_with_a_new_optimiser(imported):
     """Every replicate has its weights; sizes are measured against them."""
     cfg, params = imported
-    made, state, step = start(cfg)
-    assert step == 0 and len(made.replicates) == 2
+    built, state, step = start(cfg)
+    assert step == 0 and len(built.replicates) == 2
     for i in range(2):
         assert same(jax.tree.map(lambda x, i=i: x[i], state.params), params)
-    assert same(state.opt_state, made.init().opt_state)
+    assert same(state.opt_state, built.init().opt_state)
     embedding = np.linalg.norm(params["embed"]["embedding"])
     np.testing.assert_allclose(state.init_norm["embedding"], embedding, rtol=1e-6)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, shardings, made.state_sharding))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, shardings, built.state_sharding))
 
 
 def test_a_folder_that_does_not_fit_the_run_is_refused_with_the_fields(imported, tmp_path):

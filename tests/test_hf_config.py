@@ -122,7 +122,7 @@ HUGE = 10**30
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected_error"),
     [
         ({"model_type": "mistral"}, "model_type='mistral': only 'bitnet' and 'llama'"),
         ({"model_type": ["llama"]}, "model_type=['llama']"),
@@ -190,11 +190,11 @@ HUGE = 10**30
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_a_configuration_that_is_not_this_model_is_named(copy, changes, told):
+def test_a_configuration_that_is_not_this_model_is_named(copy, changes, expected_error):
     folder = copy()
     edit_json(folder / "config.json", **changes)
     line = message(folder)
-    assert told in line and len(line.replace(str(folder), "")) < 250
+    assert expected_error in line and len(line.replace(str(folder), "")) < 250
 
 
 def test_packed_matrices_have_rows_in_fours(copy):
@@ -207,7 +207,7 @@ def test_packed_matrices_have_rows_in_fours(copy):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "expected_error"),
     [
         ("config.json", None, "no config.json"),
         ("config.json", b"{", "config.json: damaged, not JSON"),
@@ -226,14 +226,14 @@ def test_packed_matrices_have_rows_in_fours(copy):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_missing_and_damaged_files_are_named(copy, name, content, told):
+def test_missing_and_damaged_files_are_named(copy, name, content, expected_error):
     folder = copy()
     (folder / name).unlink()
     if content is ...:
         (folder / name).mkdir()
     elif content is not None:
         (folder / name).write_bytes(content)
-    assert told in message(folder)
+    assert expected_error in message(folder)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_shard_outside_the_folder_is_not_opened(copy, name):
 
 
 @pytest.mark.parametrize(
-    ("weight_map", "told"),
+    ("weight_map", "expected_error"),
     [
         (..., "weight_map=None: an object"),
         ([], "weight_map=[]: an object"),
@@ -275,11 +275,11 @@ def test_a_shard_outside_the_folder_is_not_opened(copy, name):
     ],
     ids=str,
 )
-def test_an_index_that_is_none_is_named(copy, weight_map, told):
+def test_an_index_that_is_none_is_named(copy, weight_map, expected_error):
     folder = copy()
     shard(folder, tensors_of(folder))
     edit_json(folder / INDEX, weight_map=weight_map)
-    assert told in message(folder)
+    assert expected_error in message(folder)
 
 
 def test_shards_may_lie_in_a_folder_of_the_folder(copy):

@@ -64,12 +64,12 @@ def changed(array, place, value):
 
 def floats_of(tensors, scale=None):
     """Packed codes as [out, in] floats: -s, 0, s, or codes where `scale` is given."""
-    found = dict(tensors)
+    floats = dict(tensors)
     for key, packed in tensors.items():
         if packed.dtype == np.uint8:
             codes_OI = np.asarray(quant.unpack_ternary(packed.T)).T.astype(np.float32)
-            found[key] = codes_OI * (found.pop(f"{key}_scale") if scale is None else scale)
-    return found
+            floats[key] = codes_OI * (floats.pop(f"{key}_scale") if scale is None else scale)
+    return floats
 
 
 @pytest.mark.parametrize("key", [Q, NORM, EMBEDDING, HEAD])
@@ -150,15 +150,15 @@ def test_matrices_of_three_values_stay_the_codes_that_they_are(copy, capsys, dty
     write_tensors(folder, {key: w.astype(dtype) for key, w in floats_of(tensors).items()})
     again_cfg, again, _ = hf.load(folder)
     assert again_cfg.model == cfg.model and again_cfg.model.weight_format == "packed"
-    codes, found = flatten_dict(params, sep="/"), flatten_dict(again, sep="/")
-    assert found.keys() == codes.keys()
+    codes, reloaded = flatten_dict(params, sep="/"), flatten_dict(again, sep="/")
+    assert reloaded.keys() == codes.keys()
     for name, array in codes.items():
         if name.endswith("/packed"):
-            assert (found[name] == array).all() and found[name].dtype == np.uint8, name
+            assert (reloaded[name] == array).all() and reloaded[name].dtype == np.uint8, name
         elif array.shape == ():
-            assert found[name] == array.astype(dtype).astype(np.float32), name
+            assert reloaded[name] == array.astype(dtype).astype(np.float32), name
     line = capsys.readouterr().err
-    scale = found["block_0/ffn/down/scale"]
+    scale = reloaded["block_0/ffn/down/scale"]
     assert "14 of 14 matrices hold three values" in line and f"the scale {scale:.4g} of" in line
 
 
@@ -270,9 +270,9 @@ def test_padding_is_never_sampled_and_its_folder_trains(copy, tiny):
         data=replace(tiny.data, tokenizer=f"hf:{folder}"),
         run=replace(tiny.run, init=f"hf:{folder}"),
     )
-    made = program.build(cfg, presets.make_replicates(cfg, [0], {}))
-    state, _ = restore.start_state(made, Path("nowhere"))
-    assert np.isfinite(made.evaluate(state)["eval/loss"]).all()
+    built = program.build(cfg, presets.make_replicates(cfg, [0], {}))
+    state, _ = restore.start_state(built, Path("nowhere"))
+    assert np.isfinite(built.evaluate(state)["eval/loss"]).all()
     with pytest.raises(UserError, match=r"model.vocab_size=300"):
         too_few = replace(cfg, model=replace(cfg.model, vocab_size=300))
         program.resolve_vocab(replace(too_few, data=tiny.data), 264)

@@ -122,8 +122,8 @@ def test_a_log_is_judged_by_what_it_holds(tmp_path, label, rows):
 )
 def test_real_logs_of_other_trainers(log, label):
     """Written by parity/foreign_logs.py, which also gives the references of their text."""
-    found = diagnose(FOREIGN / log, diagnosis.of_numbers(1024, 5.963))
-    assert (found.verdict.name, found.notes) == (label, ())
+    result = diagnose(FOREIGN / log, diagnosis.of_numbers(1024, 5.963))
+    assert (result.verdict.name, result.notes) == (label, ())
 
 
 def test_a_loss_of_batches_in_the_order_of_a_text_raises_no_alarm_at_any_step():
@@ -141,15 +141,21 @@ def test_a_loss_of_batches_in_the_order_of_a_text_raises_no_alarm_at_any_step():
 def test_the_norm_of_the_head_is_compared_with_its_first(tmp_path):
     rows = entries(losses(9.7), entropy=10.6)
     rows = [row | {"lm_head_norm": 30 * 0.98**i} for i, row in enumerate(rows)]
-    found = diagnose(write_jsonl(tmp_path / "log.jsonl", rows))
-    assert found.verdict.name == "underscaled_decayed"
-    assert "head_norm" not in found.unknown and "entropy" not in found.unknown
+    result = diagnose(write_jsonl(tmp_path / "log.jsonl", rows))
+    assert result.verdict.name == "underscaled_decayed"
+    assert "head_norm" not in result.unknown and "entropy" not in result.unknown
 
 
 def test_what_a_log_of_losses_does_not_say_is_named_with_its_column(tmp_path):
-    found = diagnose(write_jsonl(tmp_path / "a.jsonl", entries(losses(9.7))))
-    assert {"eval_loss", "lr", "entropy", "mutual_information", "head_norm"} <= found.unknown.keys()
-    assert "dead" in found.unknown["entropy"] and "context_blind" not in found.unknown["entropy"]
+    result = diagnose(write_jsonl(tmp_path / "a.jsonl", entries(losses(9.7))))
+    assert {
+        "eval_loss",
+        "lr",
+        "entropy",
+        "mutual_information",
+        "head_norm",
+    } <= result.unknown.keys()
+    assert "dead" in result.unknown["entropy"] and "context_blind" not in result.unknown["entropy"]
     learned = [row | {"val_loss": 5.0} for row in entries(losses(5.0))]
     assert diagnose(write_jsonl(tmp_path / "b.jsonl", learned)).unknown == {}
 
@@ -218,8 +224,8 @@ def test_a_loss_that_is_not_finite_for_a_while_is_told_with_its_step(tmp_path):
     assert run.broken is None and "step 160" in run.notes[0]
     broken = history.read(write_jsonl(tmp_path / "b.jsonl", entries(values[:50] + [math.nan] * 50)))
     assert broken.broken[0] == STEPS[50]
-    found = diagnosis.diagnose(broken, {})
-    assert (found.since, found.alarm) == (STEPS[50], True)
+    result = diagnosis.diagnose(broken, {})
+    assert (result.since, result.alarm) == (STEPS[50], True)
 
 
 def test_columns_are_found_by_their_usual_names(tmp_path):
@@ -420,16 +426,16 @@ def test_the_prediction_of_a_log_is_that_of_predict(bitnet, tmp_path):
     known = ("--optimizer", "adam", "--weight-decay", "0.1", "--counts", counts)
     known += ("--tokens-per-batch", "512")
     of_log = ("triage", "--log", FOREIGN / "adam", "--page", page, *known)
-    status, told, _ = bitnet(*of_log)
+    status, output, _ = bitnet(*of_log)
     shape = ("--steps", "300", "--width", "64", "--layers", "2", "--ff", "128", "--clip", "1")
     _, alone, _ = bitnet("predict", *known, *shape, "--init", "normal:0.02", "--lr-file", rates)
     said = alone.splitlines()[1:]
     assert status == 1 and "  expected: collapse" in said
-    assert set(said) <= set(told.splitlines())
+    assert set(said) <= set(output.splitlines())
     assert all(html.escape(line.strip()) in page.read_text() for line in said)
-    _, told, _ = bitnet(*of_log[:-2])  # without the tokens of a batch
-    line = next(line for line in told.splitlines() if line.startswith(elsewhere.TITLE))
-    assert "--tokens-per-batch" in line and "expected:" not in told
+    _, output, _ = bitnet(*of_log[:-2])  # without the tokens of a batch
+    line = next(line for line in output.splitlines() if line.startswith(elsewhere.TITLE))
+    assert "--tokens-per-batch" in line and "expected:" not in output
 
 
 def test_a_checkpoint_folder_says_the_models_shape(tmp_path):
@@ -442,7 +448,7 @@ def test_a_checkpoint_folder_says_the_models_shape(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "expected_error"),
     [
         (("--width", "0"), "--width 0"),
         (("--betas", "0.9"), "--betas 0.9"),
@@ -453,11 +459,11 @@ def test_a_checkpoint_folder_says_the_models_shape(tmp_path):
         (("--lr-file", "/nowhere"), "/nowhere"),
     ],
 )
-def test_a_setting_that_makes_no_run_is_one_line(bitnet, tmp_path, wrong, told):
+def test_a_setting_that_makes_no_run_is_one_line(bitnet, tmp_path, wrong, expected_error):
     """Even where more is missing."""
     page = tmp_path / "page.html"
     status, _, err = bitnet("triage", "--log", FOREIGN / "loop.csv", "--page", page, *wrong)
-    assert status == 2 and told in err and err.count("\n") == 1 and not page.exists()
+    assert status == 2 and expected_error in err and err.count("\n") == 1 and not page.exists()
 
 
 def test_an_optimiser_that_predict_does_not_know_is_named():

@@ -46,14 +46,14 @@ def workdir(tiny, tmp_path):
 def test_inspection_of_an_unfinished_run(workdir, monkeypatch):
     folder = workdir
     rows = [{"step": s, "collapse/unique_tokens": n} for s, n in ((0, 1), (5, 2), (10, 1))]
-    found = inspection.inspect(str(folder), rows=rows)
+    report = inspection.inspect(str(folder), rows=rows)
     measured = audit.predictions(subject.open_source(str(folder)))
-    weights, tokens = found["weights"], found["predictions"]
+    weights, tokens = report["weights"], report["predictions"]
 
     assert weights["total"]["above_1.1"] == 7
     assert weights["tensors"]["embed/embedding"]["above_1.1"] == 7
     assert (weights["quantised_above_1.1"], weights["total"]["outside"]) == (0, 0)
-    assert weights["faults"] == {} and found["previous_step"] == 5
+    assert weights["faults"] == {} and report["previous_step"] == 5
     flipped = weights["tensors"][KERNEL]
     assert flipped["flip_rate"] == 1 - flipped["zero_rate"] > 0.5
     assert weights["tensors"]["block_0/attn/o/kernel"]["flip_rate"] == 0
@@ -64,9 +64,9 @@ def test_inspection_of_an_unfinished_run(workdir, monkeypatch):
     assert tokens["most_predicted"][0]["share_of_argmax"] >= most
 
     counted = {"evaluations": 2, "severe": 2, "first_severe": 5, "first_complete": 10}
-    assert found["course"] == counted and inspection.course(rows[:1]) is None
-    assert not tokens["learned"] and any("not learned" in o for o in found["observations"])
-    assert found["observations"][0] in inspection.terminal_lines(found)[0]
+    assert report["course"] == counted and inspection.course(rows[:1]) is None
+    assert not tokens["learned"] and any("not learned" in o for o in report["observations"])
+    assert report["observations"][0] in inspection.terminal_lines(report)[0]
 
     monkeypatch.setattr(restore, "saved_corpus", lambda *_: "another")
     other = inspection.inspect(str(folder))

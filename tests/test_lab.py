@@ -37,17 +37,17 @@ def request(**more) -> Request:
 
 
 def test_a_t_interval_is_that_of_a_table():
-    found = stats.interval([1.0, 2.0, 3.0])
+    interval = stats.interval([1.0, 2.0, 3.0])
     half = 4.302652729911275 / np.sqrt(3)  # t of 2 degrees of freedom, standard deviation 1
-    assert (found.mean, found.n) == (2.0, 3)
-    np.testing.assert_allclose((found.low, found.high), (2 - half, 2 + half))
+    assert (interval.mean, interval.n) == (2.0, 3)
+    np.testing.assert_allclose((interval.low, interval.high), (2 - half, 2 + half))
     assert stats.interval([5.0]).high == np.inf and stats.interval([None]).n == 0
 
 
 def test_differences_are_paired_within_seeds_that_both_have():
     df = rows.frame(make_rows({"a": [1.0, 2.0, 3.0], "b": [0.0, 1.0, 2.0, 99.0]}))
-    found = stats.difference(df, "a", "b")
-    assert (found.mean, found.low, found.high, found.n) == (1.0, 1.0, 1.0, 3)
+    difference = stats.difference(df, "a", "b")
+    assert (difference.mean, difference.low, difference.high, difference.n) == (1.0, 1.0, 1.0, 3)
 
 
 def test_a_claim_about_too_few_seeds_is_not_decided():
@@ -97,20 +97,20 @@ def test_what_an_arm_changes_belongs_to_the_arm():
 
 
 def test_folders_do_not_split_a_study():
-    found = [
+    identities = [
         rows.study(make_rows({"a": [1.0]}, data__validation=f"text:{place}b.txt")[0])
         for place in ("", "/somewhere/")
     ]
-    assert found[0] == found[1]
+    assert identities[0] == identities[1]
 
 
 def test_a_remade_row_replaces_the_one_of_its_study_arm_seed_and_length(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
     rows.append("toy", make_rows({"a": [1.0, 2.0]}) + make_rows({"a": [5.0]}, steps=40))
     rows.append("toy", make_rows({"a": [3.0]}))
-    found = [(row["seed"], row["config"]["run"]["steps"], row["final"][LOSS])
-             for row in rows.read("toy")]  # fmt: skip
-    assert found == [(0, 20, 3.0), (1, 20, 2.0), (0, 40, 5.0)]
+    stored = [(row["seed"], row["config"]["run"]["steps"], row["final"][LOSS])
+              for row in rows.read("toy")]  # fmt: skip
+    assert stored == [(0, 20, 3.0), (1, 20, 2.0), (0, 40, 5.0)]
 
 
 def test_numbers_of_extra_become_columns():
@@ -124,19 +124,19 @@ def test_numbers_of_extra_become_columns():
 def test_values_of_an_arm_may_depend_on_its_length():
     arm = Arm("late", "decoupled", quant_warmup_steps=lambda cfg: cfg.run.steps // 5,
               fields={"model.d_ff": lambda cfg: 2 * cfg.model.d_ff})  # fmt: skip
-    cfg, made, base = arms.replicates(request(), arm, 10)
+    cfg, replicates, base = arms.replicates(request(), arm, 10)
     assert (cfg.run.steps, cfg.model.d_ff, base) == (200, 128, {"model.d_ff": 64})
-    assert [(rep.name, rep.seed) for rep in made] == [("late", 0), ("late", 1)]
-    assert made[0].hyper.quant_warmup_steps == 40 and made[0].hyper.decoupled_1 == 0.1
+    assert [(rep.name, rep.seed) for rep in replicates] == [("late", 0), ("late", 1)]
+    assert replicates[0].hyper.quant_warmup_steps == 40 and replicates[0].hyper.decoupled_1 == 0.1
 
 
 def test_arms_of_one_shape_share_a_program_whose_configuration_lists_their_recipes():
     wanted = [Arm("a"), Arm("b", "decoupled"), Arm("wide", fields={"model.d_ff": 128}),
               Arm("c", extra={"weight": 2.0})]  # fmt: skip
-    one, wide = arms.groups(request(), wanted)
-    assert [rep.name for rep in one.replicates] == ["a", "a", "b", "b", "c", "c"]
-    assert one.cfg.run.recipes == ("coupled", "decoupled")
-    assert [rep.hyper.extra for rep in one.replicates[::2]] == [{"weight": 0.0}] * 2 + [
+    narrow, wide = arms.groups(request(), wanted)
+    assert [rep.name for rep in narrow.replicates] == ["a", "a", "b", "b", "c", "c"]
+    assert narrow.cfg.run.recipes == ("coupled", "decoupled")
+    assert [rep.hyper.extra for rep in narrow.replicates[::2]] == [{"weight": 0.0}] * 2 + [
         {"weight": 2.0}
     ]
     assert wide.cfg.run.recipes == ("coupled",)
@@ -168,9 +168,9 @@ def test_an_unknown_number_of_an_arm_is_named():
 def test_the_command_line_of_a_question():
     argv = ["--preset", "tiny", "--seeds", "1-2", "--lengths", "1,10", "--only", "a,b",
             "--set", "run.recipes=decoupled", "--set", "hyper.lr_peak=1e-3"]  # fmt: skip
-    found = experiment.parse("doc", "toy", argv, lengths="1,10,20")
-    assert (found.seeds, found.lengths, found.only) == ([1, 2], (1, 10), ("a", "b"))
-    assert (found.recipes, found.hyper) == (("decoupled",), {"lr_peak": 1e-3})
+    parsed = experiment.parse("doc", "toy", argv, lengths="1,10,20")
+    assert (parsed.seeds, parsed.lengths, parsed.only) == ([1, 2], (1, 10), ("a", "b"))
+    assert (parsed.recipes, parsed.hyper) == (("decoupled",), {"lr_peak": 1e-3})
     with pytest.raises(UserError, match="use some of 1,10,20"):
         experiment.parse("doc", "toy", ["--preset", "tiny", "--lengths", "2"], lengths="1,10,20")
 
@@ -201,10 +201,10 @@ def test_a_claim_holds_or_not_or_lacks_rows(named, losses, status):
 
 
 def test_a_length_of_few_seeds_decides_nothing_beside_one_of_enough(named):
-    made = make_rows({"a": [2.0, 2.1, 2.2], "b": [1.0, 1.1, 1.2]})
+    run_rows = make_rows({"a": [2.0, 2.1, 2.2], "b": [1.0, 1.1, 1.2]})
     longer = make_rows({"a": [3.0], "b": [9.0]}, steps=40)
     claim = Claim("all", "b is lower in every row", lambda df: set(df["steps"]) == {20}, TINY)
-    (part,) = pages.analyse((claim,), lambda df, shown: shown.table(df), made + longer)
+    (part,) = pages.analyse((claim,), lambda df, shown: shown.table(df), run_rows + longer)
     assert (part.findings[0].status, part.findings[0].seeds) == (HOLDS, 3)
     assert "b, 40 steps" in [row[0] for row in part.exhibits.tables[0].rows]
 
@@ -226,9 +226,9 @@ def test_a_study_without_rows_is_not_decided(named):
 def test_the_build_fails_when_the_index_tells_what_does_not_hold(
     named, tmp_path, monkeypatch, capsys, loss_of_b, status
 ):
-    made = make_rows({"a": [2.0, 2.1, 2.2], "b": [loss_of_b + 0.1 * i for i in range(3)]})
+    run_rows = make_rows({"a": [2.0, 2.1, 2.2], "b": [loss_of_b + 0.1 * i for i in range(3)]})
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
-    rows.append("toy", made)
+    rows.append("toy", run_rows)
     module = types.SimpleNamespace(
         __doc__="Is b lower?",
         CLAIMS=(LOWER,),
@@ -250,10 +250,10 @@ def test_the_build_fails_when_the_index_tells_what_does_not_hold(
     monkeypatch.setattr(headline, "table", lambda df, steps: (["arm"], [[str(steps)]]))
     monkeypatch.setattr(build, "QUESTIONS", ("toy",))
     assert build.main() == status
-    told = [(tmp_path / f"{name}.md").read_text() for name in ("INDEX", "README")]
-    assert all("is lower" in text and (FAILS in text) == bool(status) for text in told)
-    assert "| 20 |" in told[1]
-    before = list(told)
+    texts = [(tmp_path / f"{name}.md").read_text() for name in ("INDEX", "README")]
+    assert all("is lower" in text and (FAILS in text) == bool(status) for text in texts)
+    assert "| 20 |" in texts[1]
+    before = list(texts)
     build.main()
     assert [(tmp_path / f"{name}.md").read_text() for name in ("INDEX", "README")] == before
 
@@ -277,11 +277,13 @@ def test_marked_parts_are_rebuilt_and_an_unknown_claim_is_refused():
 
 
 def test_a_table_has_a_line_per_arm_and_length_and_the_predictors():
-    made = make_rows({"a": [2.0, 2.2], "b": [1.0, 1.2]}) + make_rows({"a": [1.0, 1.0]}, steps=40)
-    shown = exhibits.Exhibits(rows.frame(made))
-    shown.table(rows.frame(made), [LOSS], control="a")
-    shown.dots(rows.frame(made))
-    shown.curves(rows.frame(made))
+    run_rows = make_rows({"a": [2.0, 2.2], "b": [1.0, 1.2]}) + make_rows(
+        {"a": [1.0, 1.0]}, steps=40
+    )
+    shown = exhibits.Exhibits(rows.frame(run_rows))
+    shown.table(rows.frame(run_rows), [LOSS], control="a")
+    shown.dots(rows.frame(run_rows))
+    shown.curves(rows.frame(run_rows))
     (table,) = shown.tables
     names = [row[0] for row in table.rows]
     assert names == ["a, 20 steps", "b, 20 steps", "a, 40 steps", "bigram predictor",
@@ -292,9 +294,9 @@ def test_a_table_has_a_line_per_arm_and_length_and_the_predictors():
 
 
 def test_a_page_names_the_claims_and_escapes_text(named, tmp_path):
-    made = make_rows({"a": [2.0, 2.1, 2.2], "b": [1.0, 1.1, 1.2]})
+    run_rows = make_rows({"a": [2.0, 2.1, 2.2], "b": [1.0, 1.1, 1.2]})
     parts = pages.tell("toy", "Is it <b>?\n\nAbout.", (LOWER,), lambda df, shown: shown.table(df),
-                       made, tmp_path / "page.html")  # fmt: skip
+                       run_rows, tmp_path / "page.html")  # fmt: skip
     html = (tmp_path / "page.html").read_text()
     assert "Is it &lt;b&gt;?" in html and LOWER.text in html and parts[0].study == TINY
 

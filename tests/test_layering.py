@@ -87,23 +87,23 @@ def test_no_room_has_the_name_of_another():
 
 
 def test_files_are_short():
-    lines = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in SOURCES}
-    assert {path: n for path, n in lines.items() if n > FILE_LINES} == {}
-    questions = {path: n for path, n in lines.items() if len(path.parts) == 2}
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {path: n for path, n in lengths.items() if n > FILE_LINES} == {}
+    questions = {path: n for path, n in lengths.items() if len(path.parts) == 2}
     questions = {p: n for p, n in questions.items() if p.parts[0] == "experiments"}
     long = {p: n for p, n in questions.items() if n > QUESTION_LINES and p.stem[:5] != "bench"}
     assert long == {}
 
 
 def test_functions_are_short():
-    lengths = [found for path in SOURCES for found in functions(path)]
-    assert [found for found in lengths if found[1] > FUNCTION_LINES] == []
+    lengths = [function for path in SOURCES for function in functions(path)]
+    assert [function for function in lengths if function[1] > FUNCTION_LINES] == []
 
 
 def test_readme_is_short():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= README_LINES
-    assert [n for n, line in enumerate(lines, 1) if len(line) > README_WIDTH] == []
+    text_lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(text_lines) <= README_LINES
+    assert [n for n, line in enumerate(text_lines, 1) if len(line) > README_WIDTH] == []
 
 
 def test_the_top_level_holds_what_the_design_names():

@@ -23,28 +23,28 @@ def row(step, replicate=0, **values):
     return {"step": step, "replicate": replicate, "kind": "eval"} | values
 
 
-def lines(*rows):
+def jsonl(*rows):
     return "".join(json.dumps(r) + "\n" for r in rows)
 
 
 def test_a_resumed_file_ends_at_the_step(tmp_path):
     """Rows that an interrupted run wrote after its last checkpoint, and half a row, go."""
     path = tmp_path / "metrics.jsonl"
-    kept = lines(row(0), row(5), row(5, 1), row(10, **{"eval/loss": 0.1}))
-    path.write_text(kept + lines(row(15), row(20)) + '{"step": 10, "repl')
+    kept = jsonl(row(0), row(5), row(5, 1), row(10, **{"eval/loss": 0.1}))
+    path.write_text(kept + jsonl(row(15), row(20)) + '{"step": 10, "repl')
     metrics = log.Metrics(tmp_path, 10, REPLICATES)
-    assert lines(*metrics.rows) == kept == path.read_text()
+    assert jsonl(*metrics.rows) == kept == path.read_text()
     metrics.write([row(15, 1)])
-    assert path.read_text() == kept + lines(row(15, 1))
+    assert path.read_text() == kept + jsonl(row(15, 1))
     metrics.close()
 
 
 @pytest.mark.parametrize("kind", ["trackio", "wandb"])
 def test_a_tracker_gets_the_numbers_of_every_replicate(tmp_path, monkeypatch, kind):
     """As both packages take them: `init` gives a run with `log` and `finish`."""
-    told = []
+    calls = []
     tracked = SimpleNamespace(
-        log=lambda numbers, step: told.append((step, numbers)), finish=lambda: told.append("end")
+        log=lambda numbers, step: calls.append((step, numbers)), finish=lambda: calls.append("end")
     )
     begun = []
     fake = ModuleType(kind)
@@ -57,7 +57,7 @@ def test_a_tracker_gets_the_numbers_of_every_replicate(tmp_path, monkeypatch, ki
         numbers = {"eval/loss": 2.5, "collapse/verdict": "slow", "collapse/warnings": ["x"]}
         tracker.write([row(5, len(replicates) - 1, **numbers)])
         tracker.close()
-        assert told[-2:] == [(5, {f"{prefix}eval/loss": 2.5}), "end"]
+        assert calls[-2:] == [(5, {f"{prefix}eval/loss": 2.5}), "end"]
     assert begun[0] == begun[1] and begun[0]["resume"] == "allow"
     assert ("id" in begun[0]) == (kind == "wandb") and begun[0]["name"].startswith(tmp_path.name)
 
@@ -82,16 +82,16 @@ def test_numbers_reach_the_board_of_their_replicate(tmp_path):
     values |= {"collapse/warnings": ["loss drifts up"], "collapse/next": "wait"}
     metrics.write([row(5, 1, **values)])
     metrics.close()
-    found = {}
+    logged = {}
     for folder in (tmp_path / "tb").iterdir():
         (file,) = folder.iterdir()
-        found[folder.name] = [
+        logged[folder.name] = [
             (event.step, {value.tag: value.simple_value for value in event.summary.value})
             for event in events(file)
             if event.summary.value
         ]
     numbers = {"eval/loss": 2.5, "collapse/unique_tokens": 3.0}
-    assert found == {"0-coupled-0": [], "1-published-0": [(5, numbers)]}
+    assert logged == {"0-coupled-0": [], "1-published-0": [(5, numbers)]}
 
 
 def events(file):
@@ -105,7 +105,7 @@ def events(file):
 
 @pytest.mark.parametrize("replicate", [-1, 2, None, "0"])
 def test_a_row_of_another_run_is_named(tmp_path, replicate):
-    (tmp_path / "metrics.jsonl").write_text(lines(row(0), row(0, replicate)))
+    (tmp_path / "metrics.jsonl").write_text(jsonl(row(0), row(0, replicate)))
     with pytest.raises(UserError, match=r"metrics.jsonl:2: no row of this run"):
         log.Metrics(tmp_path, 10, REPLICATES)
 

@@ -105,13 +105,13 @@ def test_measured_logits_agree_with_the_evaluation_of_the_run(tiny):
         states_at=lambda step: Finished.states_at(run, step),
         replicate=lambda tree, index: jax.tree.map(lambda x: x[index], tree),
     )
-    found = study.measure(run)["logits"]
+    logit_stats = study.measure(run)["logits"]
     with jax.set_mesh(built.mesh):
         evaluated = jax.device_get(built.evaluate(built.init()))
-    assert found[0] != found[1] and found[0]["step"] == [0]
+    assert logit_stats[0] != logit_stats[1] and logit_stats[0]["step"] == [0]
     wanted = {"distinct": DISTINCT, "mode_share": MODE_SHARE, "entropy": ENTROPY, "std": LOGIT_STD}
     for name, key in wanted.items():
-        measured = [numbers[name][0] for numbers in found]
+        measured = [numbers[name][0] for numbers in logit_stats]
         np.testing.assert_allclose(measured, evaluated[key], rtol=0.01)
 
 
@@ -123,9 +123,9 @@ def frame(**changed):
 
     The bigram predicts 5 distinct tokens, and an entropy is 6 at most.
     """
-    made = make_rows({arm: [5.0, 5.1, 5.2] for arm in study.ARM_NAMES})
+    run_rows = make_rows({arm: [5.0, 5.1, 5.2] for arm in study.ARM_NAMES})
     rounding = {"prediction_changed": 0.0, "sum_error": 1e-7, "entropy_error": 1e-8}
-    for row in made:
+    for row in run_rows:
         numbers = {"entropy": 5.9, "gaussian_entropy": 5.98, "distinct": 1, "mode_share": 0.9,
                    "context_std": 0.1}  # fmt: skip
         numbers |= {f"{dtype}/{k}": x for dtype in ("float32", "bfloat16")
@@ -135,7 +135,7 @@ def frame(**changed):
         else:
             numbers |= {"entropy": 3.0, "mode_share": 0.1, "context_std": 0.7}
         row["extra"]["logits"] = {k: [0.0, x] for k, x in numbers.items()}
-    return rows.frame(made)
+    return rows.frame(run_rows)
 
 
 @pytest.mark.parametrize("name", CLAIMS)

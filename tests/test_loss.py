@@ -86,11 +86,11 @@ def test_the_head_by_blocks_is_softmax_minus_one_hot_in_float64(monkeypatch, axi
         nats_N, vjp = jax.vjp(nats_of, x, w, bias)
         return nats_N, *vjp(jnp.float32(grad_N))
 
-    found = value_and_gradients(*arrays)
+    outputs = value_and_gradients(*arrays)
     head = 1.5 * x_ND.T @ d
     exact = nats, 1.5 * d @ w_DV.T, head if axis == 0 else head.T, d.sum(0)
-    for one, wanted in zip(found, exact, strict=True):
-        off = np.abs(np.asarray(one, np.float64) - wanted).max() / np.abs(wanted).max()
+    for output, wanted in zip(outputs, exact, strict=True):
+        off = np.abs(np.asarray(output, np.float64) - wanted).max() / np.abs(wanted).max()
         assert off < 3e-6
 
 

@@ -143,8 +143,8 @@ def test_logits_equal_a_numpy_transformer(layout, strength):
     cfg, hyper = SMALL[layout], Hyper(weight_quant=strength, act_quant=strength, logit_scale=0.5)
     params, tokens_BL = excited(cfg), tokens(cfg)
     want = numpy_forward(cfg, params, tokens_BL, hyper)
-    found = forward(cfg)(params, tokens_BL, hyper)
-    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * want.std())
+    logits = forward(cfg)(params, tokens_BL, hyper)
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4 * want.std())
 
 
 def test_an_output_bias_is_added_to_the_scaled_logits():
@@ -227,8 +227,8 @@ def shapes(cfg) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameter_names_and_shapes_are_those_of_checkpoints(layout):
-    found = shapes(dataclasses.replace(SMALL[layout], n_layers=1))
-    assert [f"{path} {'x'.join(map(str, s))}" for path, s in found.items()] == PATHS[layout]
+    param_shapes = shapes(dataclasses.replace(SMALL[layout], n_layers=1))
+    assert [f"{path} {'x'.join(map(str, s))}" for path, s in param_shapes.items()] == PATHS[layout]
 
 
 def test_the_report_preset_has_the_parameters_of_the_report():
@@ -292,10 +292,10 @@ def test_kernel_bound_depends_on_inputs_not_outputs():
 def test_bfloat16_compute_keeps_float32_logits_near_those_of_float32(layout):
     cfg, tokens_BL = SMALL[layout], tokens(SMALL[layout])
     half = dataclasses.replace(cfg, dtype="bfloat16")
-    want, found = (forward(c)(excited(cfg), tokens_BL, Hyper()) for c in (cfg, half))
-    assert want.dtype == found.dtype == jnp.float32
-    assert not np.array_equal(found, found.astype(jnp.bfloat16))
-    assert 0 < np.linalg.norm(found - want) < 0.05 * np.linalg.norm(want)
+    want, bf16_logits = (forward(c)(excited(cfg), tokens_BL, Hyper()) for c in (cfg, half))
+    assert want.dtype == bf16_logits.dtype == jnp.float32
+    assert not np.array_equal(bf16_logits, bf16_logits.astype(jnp.bfloat16))
+    assert 0 < np.linalg.norm(bf16_logits - want) < 0.05 * np.linalg.norm(want)
 
 
 def test_grouped_queries_equal_repeated_keys_and_values():
@@ -405,9 +405,9 @@ def test_one_program_serves_replicates_of_different_strength():
     hypers = [Hyper(), Hyper(weight_quant=0.0, act_quant=0.0, logit_scale=3.0)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *hypers)
     together = jax.vmap(forward(cfg), in_axes=(None, None, 0))(excited(cfg), tokens_BL, stacked)
-    for found, hyper in zip(together, hypers, strict=True):
+    for logits, hyper in zip(together, hypers, strict=True):
         alone = forward(cfg)(excited(cfg), tokens_BL, hyper)
-        np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(logits, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

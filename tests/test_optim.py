@@ -167,7 +167,7 @@ def test_what_is_not_decay_in_an_update_comes_from_gradients(case, decay):
     params, grads = case
     large = jax.tree.map(lambda g: 100 * g, grads)  # so that decay does not change the normaliser
     numbers = {k: v for k, v in DECAYS[decay].items() if k != "decay_rest"}
-    one, two = (
+    single, two = (
         train64(
             HYPER.replace(decay_rest=1.0, **{k: v * times for k, v in numbers.items()}),
             params,
@@ -177,7 +177,7 @@ def test_what_is_not_decay_in_an_update_comes_from_gradients(case, decay):
     )
     (_, u1_N, d1_N, _), (_, u2_N, d2_N, _) = (
         [tree["block_0"]["attn"]["q"]["kernel"] if isinstance(tree, dict) else tree for tree in run]
-        for run in (one, two)
+        for run in (single, two)
     )
     np.testing.assert_allclose(2 * d1_N[0], d2_N[0], rtol=1e-2)
     np.testing.assert_allclose((u1_N - d1_N)[0], (u2_N - d2_N)[0], rtol=1e-2)
@@ -228,10 +228,10 @@ def test_no_recipe_decays_the_output_bias(case, recipe):
 def test_the_updates_are_found_again_in_parameters_and_state(case, decays):
     """What a training step adds to the parameters is what the chain returned."""
     hyper = HYPER.replace(**DECAYS[decays])
-    _, updates_N, _, found = train64(hyper, *case)
-    for again_N in found:
-        for one, wanted in zip(jax.tree.leaves(again_N), jax.tree.leaves(updates_N), strict=True):
-            np.testing.assert_allclose(one, wanted, rtol=1e-11, atol=1e-15)
+    _, updates_N, _, recovered = train64(hyper, *case)
+    for again_N in recovered:
+        for leaf, wanted in zip(jax.tree.leaves(again_N), jax.tree.leaves(updates_N), strict=True):
+            np.testing.assert_allclose(leaf, wanted, rtol=1e-11, atol=1e-15)
 
 
 def test_a_changed_hyper_compiles_nothing(case):
@@ -272,10 +272,10 @@ def test_a_changed_hyper_compiles_nothing(case):
     ],
 )
 def test_learning_rate_of_the_recipes_at_1000_steps(recipe, n, rate):
-    found = optim.learning_rate(
+    lr = optim.learning_rate(
         presets.RECIPES[recipe](RunConfig(steps=1000)), n, RunConfig(steps=1000)
     )
-    assert float(found) == pytest.approx(rate, rel=1e-5, abs=1e-12)
+    assert float(lr) == pytest.approx(rate, rel=1e-5, abs=1e-12)
 
 
 def test_a_late_schedule_is_that_of_the_update_before():
@@ -315,8 +315,8 @@ def test_every_update_of_a_short_run_has_a_rate_within_the_peak(recipe, steps):
 
 def test_stage_1_includes_the_boundary():
     """Of an odd number of steps the middle one belongs to stage 2."""
-    found = optim.by_stage(np.arange(1, 8), RunConfig(steps=7), 1.0, 2.0)
-    np.testing.assert_array_equal(found, [1, 1, 1, 2, 2, 2, 2])
+    values = optim.by_stage(np.arange(1, 8), RunConfig(steps=7), 1.0, 2.0)
+    np.testing.assert_array_equal(values, [1, 1, 1, 2, 2, 2, 2])
 
 
 DECAY_TABLES = {

@@ -62,9 +62,9 @@ def test_integer_products_equal_numpy_int64(shape):
     x_ND[0], w_DF[:, 0] = -128, 1
     packed = jax.jit(packed_product)(x_ND, quant.pack_ternary(w_DF))
     codes = jax.jit(lambda x, w: products.dot(x, w, 1, 0, jnp.int32))(x_ND, w_DF)
-    for found in (packed, codes):
-        assert found.dtype == jnp.int32
-        np.testing.assert_array_equal(found, x_ND.astype(np.int64) @ w_DF.astype(np.int64))
+    for product in (packed, codes):
+        assert product.dtype == jnp.int32
+        np.testing.assert_array_equal(product, x_ND.astype(np.int64) @ w_DF.astype(np.int64))
 
 
 def test_a_packed_linear_layer_by_hand():
@@ -83,12 +83,12 @@ def test_a_packed_linear_layer_equals_the_fake_quantised_one(dtype):
     x = jnp.asarray(rng.normal(size=(2, 5, 64)), dtype)
     scale = quant.weight_scale(w_DF)
     packed = quant.pack_ternary(quant.weight_codes(w_DF, scale).astype(jnp.int8))
-    found, expected = integer_linear(x, packed, 1 / scale), bit_linear(x, w_DF, Hyper())
-    assert found.dtype == dtype and found.shape == expected.shape
+    output, expected = integer_linear(x, packed, 1 / scale), bit_linear(x, w_DF, Hyper())
+    assert output.dtype == dtype and output.shape == expected.shape
     size = float(jnp.std(expected.astype(jnp.float32)))
     tolerance = size * (2e-6 if dtype == jnp.float32 else 2e-2)
-    found, expected = (np.asarray(y, np.float32) for y in (found, expected))
-    np.testing.assert_allclose(found, expected, rtol=1e-2 * (dtype != jnp.float32), atol=tolerance)
+    output, expected = (np.asarray(y, np.float32) for y in (output, expected))
+    np.testing.assert_allclose(output, expected, rtol=1e-2 * (dtype != jnp.float32), atol=tolerance)
 
 
 @pytest.mark.parametrize("form", ["codes", "packed"])
@@ -117,11 +117,11 @@ def test_models_decode_from_codes_where_their_products_pay_and_weights_are_terna
     ):
         monkeypatch.setattr(products, "machine", lambda machine=machine: machine)
         model = restore.Model("m", Config(model=shape), hyper, params, None)
-        found = generate.for_decoding(model, packed=asked)
-        assert found.cfg.model.weight_format == form
-        layer = found.params["block_0"]["ffn"]["down"]
+        decoding_model = generate.for_decoding(model, packed=asked)
+        assert decoding_model.cfg.model.weight_format == form
+        layer = decoding_model.params["block_0"]["ffn"]["down"]
         if form == shape.weight_format:
-            assert found is model
+            assert decoding_model is model
         else:
             assert set(layer) == {form, "scale"}
 
@@ -149,8 +149,8 @@ def test_in_bfloat16_embedding_and_head_are_kept_as_they_are_used():
     uncast = pack_params(random_params(cfg), replace(cfg, dtype="float32"), Hyper())
     assert packed["embed"]["embedding"].dtype == packed["head"]["kernel"].dtype == jnp.bfloat16
     tokens_BL = np.arange(12).reshape(2, 6)
-    found, expected = (forward(as_packed(cfg), p, tokens_BL) for p in (packed, uncast))
-    np.testing.assert_array_equal(found, expected)
+    logits, expected = (forward(as_packed(cfg), p, tokens_BL) for p in (packed, uncast))
+    np.testing.assert_array_equal(logits, expected)
 
 
 def test_packed_parameters_are_not_packed_again():
@@ -168,9 +168,9 @@ def test_replicates_are_packed_with_scales_of_their_own():
     stacked = jax.tree.map(lambda w: np.stack([w, 3 * w]), params)
     hyper = jax.tree.map(lambda x: np.full(2, x), Hyper())
     packed = pack_params(stacked, cfg, hyper)["block_1"]["attn"]["o"]
-    one = pack_params(params, cfg, Hyper())["block_1"]["attn"]["o"]
-    np.testing.assert_array_equal(packed["packed"], np.stack([one["packed"]] * 2))
-    np.testing.assert_allclose(packed["scale"], one["scale"] * np.array([1, 3]), rtol=1e-6)
+    single = pack_params(params, cfg, Hyper())["block_1"]["attn"]["o"]
+    np.testing.assert_array_equal(packed["packed"], np.stack([single["packed"]] * 2))
+    np.testing.assert_allclose(packed["scale"], single["scale"] * np.array([1, 3]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

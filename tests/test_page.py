@@ -384,16 +384,16 @@ def test_of_a_long_run_the_first_the_last_and_the_large_block_are_kept(tmp_path)
 @pytest.mark.parametrize("rows", ["none", "bare", "gaps"])
 def test_page_survives_missing_keys_and_gaps(tmp_path, rows):
     config = make_config()
-    made = make_rows(config)
+    log_rows = make_rows(config)
     if rows == "bare":
         for key in ("references", "corpus", "provenance", "n_params"):
             del config[key]
         keep = {"step", "replicate", "kind", "eval/loss"}
-        made = [{k: row[k] for k in keep if k in row} for row in made]
+        log_rows = [{k: row[k] for k in keep if k in row} for row in log_rows]
     if rows == "gaps":
-        made[8].update({"eval/loss": None, "collapse/entropy": math.nan})
-        made[-2].update({"eval/loss": math.inf, "collapse/unique_tokens": None})
-    workdir = make_workdir(tmp_path / "run", config, made)
+        log_rows[8].update({"eval/loss": None, "collapse/entropy": math.nan})
+        log_rows[-2].update({"eval/loss": math.inf, "collapse/unique_tokens": None})
+    workdir = make_workdir(tmp_path / "run", config, log_rows)
     if rows == "none":  # a run that has just started
         (workdir / "metrics.jsonl").unlink()
         (workdir / "summary.json").unlink()
@@ -477,8 +477,8 @@ def test_in_a_browser_nothing_is_cut_off_and_nothing_complains(tmp_path, crowded
          "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    (found,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    *faults, cells = json.loads(found)
+    (probe_json,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    *faults, cells = json.loads(probe_json)
     assert faults == []
     assert int(cells.split()[0]) > 100
     assert "CONSOLE" not in done.stderr

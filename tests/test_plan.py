@@ -40,9 +40,9 @@ def test_the_program_is_that_of_a_run(tiny, track):
 def test_bytes_are_those_of_the_arrays(n_devices, shape, monkeypatch):
     """Of a state that is really there, on a device and in all."""
     monkeypatch.setattr(sharding, "MIN_SHARDED", 2**10)  # so that a tiny model is split, too
-    made = planned(topology=f"gpu:{n_devices}")
-    assert made.program.mesh.axis_sizes == shape
-    cfg, replicates = made.program.cfg, made.program.replicates
+    run_plan = planned(topology=f"gpu:{n_devices}")
+    assert run_plan.program.mesh.axis_sizes == shape
+    cfg, replicates = run_plan.program.cfg, run_plan.program.replicates
     mesh = sharding.make_mesh(len(replicates), cfg.data.batch_size, jax.devices()[:n_devices])
     real = shapes.abstract_program(cfg, replicates, mesh, "cpu")
     place = jax.jit(
@@ -56,28 +56,28 @@ def test_bytes_are_those_of_the_arrays(n_devices, shape, monkeypatch):
         shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
         return sum(s.data.nbytes for s in shards if s.device == here)
 
-    assert made.memory.weights == on_first(state.params)
-    assert made.memory.moments == on_first(state.opt_state)
-    assert made.checkpoint == sum(x.nbytes for x in jax.tree.leaves(state))
+    assert run_plan.memory.weights == on_first(state.params)
+    assert run_plan.memory.moments == on_first(state.opt_state)
+    assert run_plan.checkpoint == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 def test_the_report_keeps_what_its_arrays_say():
     """Parameters [R], and Adam's two moments of each, all float32."""
-    made = planned(preset="report", topology="v5e:1x1")
-    n_params = shapes.size_of(made.program.abstract_state.params) // 4
-    assert made.memory.weights == 4 * n_params
-    assert 0 <= made.memory.moments - 8 * n_params < 100  # and counts of steps
+    run_plan = planned(preset="report", topology="v5e:1x1")
+    n_params = shapes.size_of(run_plan.program.abstract_state.params) // 4
+    assert run_plan.memory.weights == 4 * n_params
+    assert 0 <= run_plan.memory.moments - 8 * n_params < 100  # and counts of steps
 
 
 def test_flops_are_six_per_weight_and_token_and_those_of_attention():
-    made = planned(["model.vocab_size=512", "model.n_layers=3"], topology="gpu:1")
-    model, data = made.program.cfg.model, made.program.cfg.data
+    run_plan = planned(["model.vocab_size=512", "model.n_layers=3"], topology="gpu:1")
+    model, data = run_plan.program.cfg.model, run_plan.program.cfg.data
     tokens = data.batch_size * data.seq_len
     matrices = 3 * (4 * model.d_model**2 + 3 * model.d_model * model.d_ff)
     head = model.d_model * 512
     attention = 3 * 2 * data.seq_len * model.d_model
     products = 6 * tokens * (matrices + head + attention)
-    assert made.flops == len(made.program.replicates) * products
+    assert run_plan.flops == len(run_plan.program.replicates) * products
 
 
 @pytest.mark.slow
@@ -87,44 +87,44 @@ def test_compiled_memory_is_the_compilers():
     cfg, _ = presets.override(presets.preset("tiny"), sets)
     replicates = presets.make_replicates(cfg, [0], {})
     mesh = sharding.make_mesh(1, cfg.data.batch_size, jax.devices())
-    found = plan.compile_program(shapes.abstract_program(cfg, replicates, mesh, "cpu"))
+    compiled = plan.compile_program(shapes.abstract_program(cfg, replicates, mesh, "cpu"))
     state = planned(sets, topology="gpu:4").memory
-    assert found.used > state.weights + state.moments + state.data
-    assert found.step > 0 < found.evaluation
+    assert compiled.used > state.weights + state.moments + state.data
+    assert compiled.step > 0 < compiled.evaluation
     # Every parameter of a model this small is on every device: gradients are summed, float32.
-    assert found.traffic["all-reduce"].bytes >= state.weights
+    assert compiled.traffic["all-reduce"].bytes >= state.weights
 
 
-def with_memory(made, size):
+def with_memory(run_plan, size):
     """The plan on chips of another memory."""
-    chip = replace(made.topology.chip, memory=size)
-    return replace(made, topology=replace(made.topology, chip=chip))
+    chip = replace(run_plan.topology.chip, memory=size)
+    return replace(run_plan, topology=replace(run_plan.topology, chip=chip))
 
 
 def test_an_estimate_that_may_be_too_low_is_not_certain():
     """What the arithmetic says fits for certain only with the margin that compilers have needed."""
-    made = planned(topology="gpu:1")
-    tight = with_memory(made, 1.5 * made.used)
+    run_plan = planned(topology="gpu:1")
+    tight = with_memory(run_plan, 1.5 * run_plan.used)
     assert tight.fits and not tight.certain
-    assert with_memory(made, plan.UNDERESTIMATED * made.used).certain
-    compiled = plan.Compiled(1.0, 1.0, made.used, {}, 1.0)
+    assert with_memory(run_plan, plan.UNDERESTIMATED * run_plan.used).certain
+    compiled = plan.Compiled(1.0, 1.0, run_plan.used, {}, 1.0)
     assert replace(tight, compiled=compiled).certain
 
 
 def test_each_remedy_makes_it_fit():
-    made = planned(["data.batch_size=32"], topology="gpu:1")
-    small = with_memory(made, 0.6 * made.used)
-    assert made.fits and not small.fits
-    found = plan.remedies(small)
-    assert any(text.startswith("data.batch_size=") for text in found)
-    assert "run.recipes=coupled" in found and "--topology gpu:2" in found
-    for change in found:
+    run_plan = planned(["data.batch_size=32"], topology="gpu:1")
+    small = with_memory(run_plan, 0.6 * run_plan.used)
+    assert run_plan.fits and not small.fits
+    remedies = plan.remedies(small)
+    assert any(text.startswith("data.batch_size=") for text in remedies)
+    assert "run.recipes=coupled" in remedies and "--topology gpu:2" in remedies
+    for change in remedies:
         if change.startswith("--topology"):
             changed = planned(["data.batch_size=32"], topology=change.split()[1])
         else:
             changed = planned(["data.batch_size=32", *change.split()], topology="gpu:1")
         assert changed.used <= small.topology.chip.memory
-    assert plan.remedies(with_memory(made, 1000)) == []
+    assert plan.remedies(with_memory(run_plan, 1000)) == []
 
 
 @pytest.mark.parametrize(
@@ -163,9 +163,9 @@ def test_the_command_prints_80_columns_and_says_estimate(bitnet, tmp_path, monke
 
 
 def test_idle_devices_are_told():
-    made = planned(["run.recipes=published"], topology="gpu:8")  # a batch of 4
-    assert any("4 of 8 devices" in line for line in command_plan.terminal_lines(made))
-    assert json.dumps(command_plan.terminal_lines(made)).isascii()
+    run_plan = planned(["run.recipes=published"], topology="gpu:8")  # a batch of 4
+    assert any("4 of 8 devices" in line for line in command_plan.terminal_lines(run_plan))
+    assert json.dumps(command_plan.terminal_lines(run_plan)).isascii()
 
 
 @pytest.mark.skipif(
@@ -177,8 +177,11 @@ def test_the_compiler_of_tpus_says_what_fits():
     )
     replicates = presets.make_replicates(cfg, [0], {})
     try:
-        made = plan.make(cfg, replicates, chips.parse_topology("v5e:2x4"), compiling=True)
+        run_plan = plan.make(cfg, replicates, chips.parse_topology("v5e:2x4"), compiling=True)
     except chips.Busy as busy:
         pytest.skip(str(busy))
-    assert made.fits and made.program.mesh.devices.flat[0].platform == "tpu"
-    assert made.compiled.traffic and made.used > made.memory.weights + made.memory.moments
+    assert run_plan.fits and run_plan.program.mesh.devices.flat[0].platform == "tpu"
+    assert (
+        run_plan.compiled.traffic
+        and run_plan.used > run_plan.memory.weights + run_plan.memory.moments
+    )

@@ -49,8 +49,8 @@ def test_gradients_are_those_of_the_fake_quantised_form(operands, dtype, error):
     (q, c), (t_N1, s) = codes(x, w)
     exact = np.asarray(g, np.float64)
     assert (y.dtype, grad_x.dtype, grad_w.dtype) == (x.dtype, x.dtype, w.dtype)
-    for found, wanted in ((grad_x, exact @ c.T / s), (grad_w, (q / t_N1).T @ exact)):
-        off = np.linalg.norm(np.asarray(found, np.float64) - wanted)
+    for gradient, wanted in ((grad_x, exact @ c.T / s), (grad_w, (q / t_N1).T @ exact)):
+        off = np.linalg.norm(np.asarray(gradient, np.float64) - wanted)
         assert off <= error * np.linalg.norm(wanted)
 
 
@@ -61,8 +61,8 @@ def test_both_forms_of_a_bit_linear_agree(operands):
         y, vjp = jax.vjp(lambda x, w: bit_linear(x, w, Hyper(), quantize_weight), x, w)
         return y, *vjp(g)
 
-    for found, wanted in zip(both(quant.quantize_fully), both(quant.quantize_weight), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    for array, wanted in zip(both(quant.quantize_fully), both(quant.quantize_weight), strict=True):
+        np.testing.assert_allclose(array, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_parts_add_up_to_the_number(operands):

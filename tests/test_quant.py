@@ -85,8 +85,8 @@ def test_quantised_activations_equal_numpy_bit_for_bit():
     x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     codes, quantised = numpy_activation(x)
     np.testing.assert_array_equal(jax.jit(activation_codes)(x), codes)
-    found = jax.jit(quant.quantize_activation)(x, 1.0)
-    np.testing.assert_array_equal(np.asarray(found), quantised)
+    activations = jax.jit(quant.quantize_activation)(x, 1.0)
+    np.testing.assert_array_equal(np.asarray(activations), quantised)
 
 
 def test_bfloat16_input_is_quantised_in_float32_and_cast_once():
@@ -94,12 +94,12 @@ def test_bfloat16_input_is_quantised_in_float32_and_cast_once():
     x = jax.random.normal(jax.random.key(0), (8, 64), jnp.bfloat16)
     x32 = np.asarray(x, np.float32)
     np.testing.assert_array_equal(activation_codes(x), numpy_activation(x32)[0])
-    found = quant.quantize_activation(x, 1.0)
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, jnp.asarray(numpy_activation(x32)[1], jnp.bfloat16))
+    output = quant.quantize_activation(x, 1.0)
+    assert output.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(output, jnp.asarray(numpy_activation(x32)[1], jnp.bfloat16))
     w = jnp.asarray(dyadic(0, (16, 16)))
-    found = quant.quantize_weight(w, 1.0, jnp.bfloat16)
-    np.testing.assert_array_equal(found, jnp.asarray(numpy_weight(np.asarray(w))[1], jnp.bfloat16))
+    output = quant.quantize_weight(w, 1.0, jnp.bfloat16)
+    np.testing.assert_array_equal(output, jnp.asarray(numpy_weight(np.asarray(w))[1], jnp.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -154,15 +154,15 @@ def test_the_gradient_passes_both_quantisers_unchanged(transform, strength):
         lambda w: quant.quantize_weight(w, strength, jnp.float32),
         lambda x: quant.quantize_activation(x, strength),
     ):
-        found = gradient(lambda w, quantise=quantise: jnp.sum(c * quantise(w)), jnp.asarray(w))
-        np.testing.assert_array_equal(found, c)
+        grad = gradient(lambda w, quantise=quantise: jnp.sum(c * quantise(w)), jnp.asarray(w))
+        np.testing.assert_array_equal(grad, c)
 
 
 def test_a_bfloat16_cotangent_reaches_float32_weights_exactly():
     w, c = jnp.asarray(dyadic(0, (4, 8))), jnp.asarray(dyadic(1, (4, 8)), jnp.bfloat16)
-    found = jax.grad(lambda w: jnp.sum(c * quant.quantize_weight(w, 1.0, jnp.bfloat16)))(w)
-    assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, c)
+    grad = jax.grad(lambda w: jnp.sum(c * quant.quantize_weight(w, 1.0, jnp.bfloat16)))(w)
+    assert grad.dtype == jnp.float32
+    np.testing.assert_array_equal(grad, c)
 
 
 def test_strength_receives_no_gradient():
@@ -216,10 +216,10 @@ def test_zero_rate_and_noise_of_known_distributions(draw, zero_rate, decibels):
 def test_under_vmap_every_replicate_has_its_own_scale_and_strength():
     w = jnp.stack([dyadic(0, (8, 8)), 8 * dyadic(1, (8, 8)), dyadic(2, (8, 8))])
     strength = jnp.array([1.0, 1.0, 0.0])
-    found = jax.vmap(quant.quantize_weight, in_axes=(0, 0, None))(w, strength, jnp.float32)
-    np.testing.assert_array_equal(found[0], numpy_weight(np.asarray(w[0]))[1])
-    np.testing.assert_array_equal(found[1], numpy_weight(np.asarray(w[1]))[1])
-    np.testing.assert_array_equal(found[2], w[2])
+    weights = jax.vmap(quant.quantize_weight, in_axes=(0, 0, None))(w, strength, jnp.float32)
+    np.testing.assert_array_equal(weights[0], numpy_weight(np.asarray(w[0]))[1])
+    np.testing.assert_array_equal(weights[1], numpy_weight(np.asarray(w[1]))[1])
+    np.testing.assert_array_equal(weights[2], w[2])
 
 
 def test_a_byte_holds_outputs_a_quarter_apart_low_bits_first():
@@ -238,9 +238,9 @@ def test_packing_is_undone_exactly_and_never_writes_the_code_3(shape):
     assert packed.shape == (shape[0], shape[1] // 4)
     for shift in (0, 2, 4, 6):
         assert (packed >> shift & 3).max() <= 2
-    found = jax.jit(quant.unpack_ternary)(packed)
-    assert found.dtype == jnp.int8
-    np.testing.assert_array_equal(found, codes)
+    unpacked = jax.jit(quant.unpack_ternary)(packed)
+    assert unpacked.dtype == jnp.int8
+    np.testing.assert_array_equal(unpacked, codes)
 
 
 def test_every_byte_of_four_codes_is_a_different_one():

@@ -130,9 +130,9 @@ def test_curve_runs_from_uniform_through_the_unigram(case):
     assert curve["scale"] == pytest.approx(np.arange(0, 1.21, 0.05))
     assert curve["loss"][0] == pytest.approx(np.log(VOCAB))
     assert curve["entropy"][0] == pytest.approx(np.log(VOCAB))
-    one = curve["scale"].index(1.0)
-    assert curve["loss"][one] == pytest.approx(scores["unigram"]["loss"])
-    assert curve["entropy"][one] == pytest.approx(scores["unigram"]["entropy"])
+    unit_index = curve["scale"].index(1.0)
+    assert curve["loss"][unit_index] == pytest.approx(scores["unigram"]["loss"])
+    assert curve["entropy"][unit_index] == pytest.approx(scores["unigram"]["entropy"])
 
 
 def test_curve_is_the_softmax_of_scaled_log_probabilities():

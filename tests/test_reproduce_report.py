@@ -43,11 +43,11 @@ def log_of(steps, every):
     ],
 )
 def test_milestones_are_the_nearest_evaluations_after_the_start(base, steps, every, where):
-    found = ledger.milestones(base, RunConfig(steps, eval_every=every), log_of(steps, every))
+    milestones = ledger.milestones(base, RunConfig(steps, eval_every=every), log_of(steps, every))
     length = 1000 * steps // base
-    assert [m["step"] for m in found.values()] == where
-    assert list(map(int, found)) == list(ledger.MILESTONES[length])
-    assert all(m["unique"] == m["step"] for m in found.values())
+    assert [m["step"] for m in milestones.values()] == where
+    assert list(map(int, milestones)) == list(ledger.MILESTONES[length])
+    assert all(m["unique"] == m["step"] for m in milestones.values())
 
 
 def test_the_statistics_of_a_run_that_falls_and_recovers():
@@ -66,15 +66,15 @@ def test_the_statistics_of_a_run_that_falls_and_recovers():
         steps=np.arange(0, 41, 5),
     )
     run.column = lambda key: Finished.column(run, key)
-    (found,) = ledger.measure(run, base=40)
+    (numbers,) = ledger.measure(run, base=40)
     shares = {"severe_share": 3 / 8, "unique_stage1": 73 / 4, "unique_stage2": 45 / 4,
               "loss_mean": 4.5, "loss_final": 8, "late_entropy": 5.5, "start_logit_std": 0.5,
               "partial_unique_mean": 118 / 8}  # fmt: skip
     counts = {"evaluations": 8, "unique_min": 1, "unique_max": 50, "unique_final": 2,
               "first_severe": 10, "first_complete": 15, "transit": 35, "severe_after_transit": 1,
               "recoveries": 1, "count_recoveries": 0}  # fmt: skip
-    assert {key: found[key] for key in shares | counts} == pytest.approx(shares | counts)
-    assert found["milestones"]["500"] == {"step": 20, "unique": 20, "loss": 5, "logit_std": 0.1}
+    assert {key: numbers[key] for key in shares | counts} == pytest.approx(shares | counts)
+    assert numbers["milestones"]["500"] == {"step": 20, "unique": 20, "loss": 5, "logit_std": 0.1}
 
 
 def test_the_report_tracks_its_first_batch():
@@ -86,13 +86,13 @@ def test_the_report_tracks_its_first_batch():
 
 
 def test_runs_stand_for_the_lengths_of_the_report():
-    made = rows.frame(rows.read("reproduce_report"))
-    found = {length: set(runs["steps"]) for length, runs in ledger.by_length(made).items()}
-    assert found[1000] == {1000} and found[10_000] == {10_000}
+    df = rows.frame(rows.read("reproduce_report"))
+    steps_by_length = {length: set(runs["steps"]) for length, runs in ledger.by_length(df).items()}
+    assert steps_by_length[1000] == {1000} and steps_by_length[10_000] == {10_000}
     at_500 = "numbers/milestones/500/step"
-    fifths = made.assign(**{name: made[name] / 5 for name in ("steps", at_500)})  # of 200, 2000
+    fifths = df.assign(**{name: df[name] / 5 for name in ("steps", at_500)})  # of 200, 2000
     assert [len(runs) for runs in ledger.by_length(fifths).values()] == [
-        len(runs) for runs in ledger.by_length(made).values()
+        len(runs) for runs in ledger.by_length(df).values()
     ]
 
 
@@ -115,8 +115,8 @@ def frame(seeds=3, **changed):
     """
     sets = {"model__d_model": 64, "run__eval_every": 50, "run__save_every": 1000}
     losses = {study.COUPLED: [5.0] * seeds}
-    made = [row for steps in (1000, 10_000) for row in make_rows(losses, steps=steps, **sets)]
-    for row in made:
+    run_rows = [row for steps in (1000, 10_000) for row in make_rows(losses, steps=steps, **sets)]
+    for row in run_rows:
         length = row["config"]["run"]["steps"]
         hyper = presets.RECIPES["coupled"](RunConfig(steps=length))
         row["config"]["hyper"] = {"warmup_steps": hyper.warmup_steps, "lr_peak": hyper.lr_peak}
@@ -134,7 +134,7 @@ def frame(seeds=3, **changed):
         numbers |= {"milestones": {str(step): x for step, x in milestones.items()}}
         row["extra"] |= {"numbers": numbers, "unique_stage1": 20.0, "unique_stage2": 9.0,
                          "above_1.1": {"all": 1000, "predicted": 1000.5}}  # fmt: skip
-    df = rows.frame(made)
+    df = rows.frame(run_rows)
     for column, value in changed.items():
         df[column] = value
     return df
@@ -169,8 +169,8 @@ def test_claims_fail_on_rows_that_are_otherwise(name, column, value):
 
 
 def test_two_seeds_or_one_length_decide_nothing():
-    found = {name: claims.judge(claim, BOOKS, frame(2)).status for name, claim in CLAIMS.items()}
-    assert set(found.values()) == {claims.UNDECIDED}
-    one = frame()
-    one = one[one["steps"] == 1000]
-    assert claims.judge(CLAIMS["recovery"], BOOKS, one).status == claims.UNDECIDED
+    statuses = {name: claims.judge(claim, BOOKS, frame(2)).status for name, claim in CLAIMS.items()}
+    assert set(statuses.values()) == {claims.UNDECIDED}
+    df = frame()
+    df = df[df["steps"] == 1000]
+    assert claims.judge(CLAIMS["recovery"], BOOKS, df).status == claims.UNDECIDED

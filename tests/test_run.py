@@ -150,8 +150,8 @@ def test_rows_are_complete_and_valid_json(finished):
         raise AssertionError(f"{token} is not JSON")
 
     workdir, _ = finished
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line, parse_constant=forbid) for line in lines]
+    log_lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=forbid) for line in log_lines]
     places = [(row["step"], row["kind"], row["replicate"]) for row in rows]
     assert places == [(0, "eval", 0), (0, "eval", 1)] + [
         (step, kind, i) for step in ENDS for kind in ("train", "eval") for i in (0, 1)
@@ -357,8 +357,8 @@ def test_a_run_killed_after_its_last_checkpoint_writes_the_same_summary(cfg, fin
     (workdir / "summary.json").unlink()
     start(cfg, workdir, resume=True)
     assert (workdir / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
-    found, want = (json.loads((w / "summary.json").read_text()) for w in (workdir, reference))
-    assert found["replicates"] == want["replicates"]
+    summary, want = (json.loads((w / "summary.json").read_text()) for w in (workdir, reference))
+    assert summary["replicates"] == want["replicates"]
 
 
 def with_init(cfg, source):
@@ -382,9 +382,9 @@ def test_a_fork_of_one_replicate_copies_it_to_all(cfg, finished, tmp_path):
     state, step = restore.start_state(program, tmp_path)
     assert step == SAVE
     assert jax.tree.map(lambda x: x.sharding, state) == program.state_sharding
-    one = jax.tree.map(lambda x: x[1], state_at(cfg, reference, SAVE))
+    replicate_state = jax.tree.map(lambda x: x[1], state_at(cfg, reference, SAVE))
     for i in (0, 1):
-        assert_same(jax.tree.map(lambda x, i=i: np.asarray(x[i]), state), one)
+        assert_same(jax.tree.map(lambda x, i=i: np.asarray(x[i]), state), replicate_state)
 
 
 def test_a_fork_with_a_new_optimiser_keeps_the_place_in_the_schedules(cfg, finished, tmp_path):
@@ -482,11 +482,11 @@ def test_the_first_step_and_tensor_that_broke_are_named(
         "grad_finite": np.array([[[True, True]] * 2 + [finite] + [[True, True]] * 2]),
     }
     evaluated = {"eval/loss": np.array([2.0 if np.isfinite(parameters).all() else np.nan])}
-    found = describe_failure(program, state, 0, 20, trained, evaluated)
-    assert (found and (found["step"], found["what"])) == want
-    if found:
-        rate = optim.learning_rate(program.replicates[0].hyper, found["step"], cfg.run)
-        assert found["lr"] == pytest.approx(float(rate), rel=1e-5)
+    failure = describe_failure(program, state, 0, 20, trained, evaluated)
+    assert (failure and (failure["step"], failure["what"])) == want
+    if failure:
+        rate = optim.learning_rate(program.replicates[0].hyper, failure["step"], cfg.run)
+        assert failure["lr"] == pytest.approx(float(rate), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -515,7 +515,7 @@ def test_one_replicate_alone_stops_when_it_fails(cfg, tmp_path):
 @pytest.mark.slow
 def test_a_run_stops_when_all_have_collapsed_and_can_go_on(cfg, finished, tmp_path, monkeypatch):
     reference, whole = finished
-    monkeypatch.setattr(verdict, "collapsed", lambda found: found.name != "init")
+    monkeypatch.setattr(verdict, "collapsed", lambda judgement: judgement.name != "init")
     summary = start(cfg, tmp_path / "run", stop_when_collapsed=True)
     assert not summary["finished"]
     assert checkpoint.kept_steps(tmp_path / "run")[-1] == summary["step"] < STEPS

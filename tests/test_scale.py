@@ -66,8 +66,8 @@ def trained(cfg, n_devices=1, seams=train.STANDARD, **numbers):
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, out_shardings=(specs, sharding.replicated(mesh)))
         for batch in (batch_of(seed) for seed in range(K)):
-            state, found = compiled(state, hyper, batch)
-    return state, jax.device_get(found)
+            state, metrics = compiled(state, hyper, batch)
+    return state, jax.device_get(metrics)
 
 
 def evaluated(cfg, n_devices=1):
@@ -88,11 +88,11 @@ def evaluated(cfg, n_devices=1):
         return jax.device_get(jax.jit(both)(state, hyper, evals))
 
 
-def assert_close(found, expected, rtol=2e-5):
+def assert_close(actual, expected, rtol=2e-5):
     """Every leaf agrees to `rtol` of its largest value, or of 1."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, x), y in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         atol = rtol * max(np.abs(y).max(), 1)
@@ -142,15 +142,15 @@ def test_remat_and_scan_quantise_alike():
 @pytest.mark.slow
 def test_codes_travel_instead_of_weights():
     by_codes = dataclasses.replace(train.STANDARD, products=CODES)
-    one, eight = (trained(config_of(), n, by_codes) for n in (1, 8))
-    assert_close(eight, one, 1e-3)
+    single, eight = (trained(config_of(), n, by_codes) for n in (1, 8))
+    assert_close(eight, single, 1e-3)
 
 
 @pytest.mark.slow
 def test_a_report_model_with_its_own_head_is_split_too():
     changes = "model.layout=report", "model.tied_embedding=false", "model.output_bias=true"
-    one, eight = (trained(config_of(*changes), n, **SMOOTH) for n in (1, 8))
-    assert_close(eight, one)
+    single, eight = (trained(config_of(*changes), n, **SMOOTH) for n in (1, 8))
+    assert_close(eight, single)
     assert eight[0].params["head"]["kernel"].sharding.spec == P("data", None)
 
 
@@ -185,16 +185,16 @@ def test_parts_without_a_scored_position_count_nothing():
 
         whole = mean(batch)
         for n in (1, 2, 4, 8):
-            found = loss.accumulated(mean, batch, n)
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, whole)
+            averaged = loss.accumulated(mean, batch, n)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), averaged, whole)
 
 
 def test_the_state_is_that_of_the_unrolled_model():
-    one, other = (
+    unrolled, other = (
         jax.eval_shape(lambda cfg=cfg: train.init_state(cfg, config.Hyper(), 0))
         for cfg in (config_of(), config_of(SCAN, REMAT))
     )
-    assert one == other
+    assert unrolled == other
 
 
 def test_accumulation_must_divide_the_batch_and_needs_a_mean(tiny):

@@ -26,9 +26,9 @@ def config_of(steps=300, layout="report"):
 
 def test_warm_ups_are_shares_of_the_length():
     request = arms.Request("toy", "tiny", config_of(1000), {}, [0], workdir="unused")
-    made = {arm.name: arms.replicates(request, arm, 1)[1][0].hyper for arm in study.ARMS}
-    assert [made[name].warmup_steps for name in (study.SHORT, study.LONG)] == [25, 400]
-    assert (made[study.LEAST].coupled_1, made[study.DECOUPLED].coupled_1) == (0.001, 0)
+    hypers = {arm.name: arms.replicates(request, arm, 1)[1][0].hyper for arm in study.ARMS}
+    assert [hypers[name].warmup_steps for name in (study.SHORT, study.LONG)] == [25, 400]
+    assert (hypers[study.LEAST].coupled_1, hypers[study.DECOUPLED].coupled_1) == (0.001, 0)
 
 
 def test_another_layout_is_refused():
@@ -56,17 +56,17 @@ def test_a_log_that_follows_the_law_is_measured_so():
     cfg, hyper = config_of(), presets.RECIPES["coupled"](RunConfig(steps=300))
     total = shrink.summed_rate(cfg.run, hyper)
     run = run_of("coupled", lambda steps: shrink.spread_ratio(total[steps], 64**-0.5))
-    found = study.against_law(run, 0)
-    assert found["law_error"] == pytest.approx(0, abs=1e-6)
-    assert found["half_step"] == pytest.approx(found["half_step_predicted"], abs=0.3)
-    assert found["mean_share"] == dict.fromkeys(study.GROUPS, 0.5)
-    assert found["spread"]["measured"] == found["spread"]["law"]
+    numbers = study.against_law(run, 0)
+    assert numbers["law_error"] == pytest.approx(0, abs=1e-6)
+    assert numbers["half_step"] == pytest.approx(numbers["half_step_predicted"], abs=0.3)
+    assert numbers["mean_share"] == dict.fromkeys(study.GROUPS, 0.5)
+    assert numbers["spread"]["measured"] == numbers["spread"]["law"]
 
 
 def test_a_log_that_keeps_its_spread_breaks_the_law():
-    found = study.against_law(run_of("decoupled", lambda steps: np.ones(len(steps))), 0)
-    assert found["half_step"] is None
-    assert 0.4 < found["law_error"] <= 0.5
+    numbers = study.against_law(run_of("decoupled", lambda steps: np.ones(len(steps))), 0)
+    assert numbers["half_step"] is None
+    assert 0.4 < numbers["law_error"] <= 0.5
 
 
 def test_a_kept_curve_has_its_ends():
@@ -93,15 +93,15 @@ def frame(**changed):
     """
     losses = {arm: [7.0, 7.1, 7.2] for arm in study.LAWFUL}
     losses |= {study.LESS: [3.5] * 3, study.LEAST: [3.0, 3.02, 3.04], study.DECOUPLED: [3.0] * 3}
-    made = make_rows(losses)
-    for row in made:
+    run_rows = make_rows(losses)
+    for row in run_rows:
         numbers = lawful(row["seed"], 0.01 if row["arm"] == study.DECOUPLED else 0.8)
         if row["arm"] not in study.LAWFUL:
             numbers |= {"half_step": None, "law_error": 0.2}
         if row["arm"] == study.COUPLED:
             numbers |= changed
         row["extra"] |= {"shrink": numbers, "above_1.1": {"embedding": 990, "predicted": 1000.0}}
-    return rows.frame(made)
+    return rows.frame(run_rows)
 
 
 def status(name, df):

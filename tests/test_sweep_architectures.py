@@ -76,13 +76,13 @@ def quantised(w, name, strength=1.0, dtype=jnp.float32):
 def test_weight_formats_have_their_number_of_levels(name):
     """Symmetric integers times one scale; the largest weight is kept."""
     w = np.random.default_rng(0).uniform(-1, 1, (64, 512)).astype(np.float32)
-    found, step = quantised(w, name), np.abs(w).max() / LARGEST[name]
-    codes = np.rint(found / step)
+    weights, step = quantised(w, name), np.abs(w).max() / LARGEST[name]
+    codes = np.rint(weights / step)
     np.testing.assert_array_equal(np.unique(codes), np.arange(-LARGEST[name], LARGEST[name] + 1))
-    assert len(np.unique(found)) == 2 * LARGEST[name] + 1
-    np.testing.assert_allclose(found, codes * step, rtol=1e-6)
+    assert len(np.unique(weights)) == 2 * LARGEST[name] + 1
+    np.testing.assert_allclose(weights, codes * step, rtol=1e-6)
     np.testing.assert_array_equal(codes, np.rint(w / step))
-    assert np.abs(found).max() == pytest.approx(np.abs(w).max(), rel=1e-6)
+    assert np.abs(weights).max() == pytest.approx(np.abs(w).max(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", LARGEST)
@@ -130,9 +130,9 @@ def test_the_gradient_passes_unchanged_and_strength_has_none(name, strength):
 @pytest.mark.parametrize("name", LARGEST)
 def test_a_bfloat16_cotangent_reaches_float32_weights_exactly(name):
     w, c = jnp.asarray(dyadic(0, (4, 8))), jnp.asarray(dyadic(1, (4, 8)), jnp.bfloat16)
-    found = jax.grad(lambda w: jnp.sum(c * study.QUANTISERS[name](w, 1.0, jnp.bfloat16)))(w)
-    assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, c)
+    grad = jax.grad(lambda w: jnp.sum(c * study.QUANTISERS[name](w, 1.0, jnp.bfloat16)))(w)
+    assert grad.dtype == jnp.float32
+    np.testing.assert_array_equal(grad, c)
 
 
 def test_strength_blends_from_the_input_to_the_codes():
@@ -144,9 +144,9 @@ def test_strength_blends_from_the_input_to_the_codes():
 
 def test_under_vmap_every_replicate_has_its_own_scale():
     w = jnp.stack([dyadic(0, (8, 8)), 8 * dyadic(1, (8, 8))])
-    found = jax.vmap(lambda w: study.QUANTISERS["int4"](w, 1.0, jnp.float32))(w)
-    for one, alone in zip(found, w, strict=True):
-        np.testing.assert_array_equal(one, quantised(alone, "int4"))
+    weights = jax.vmap(lambda w: study.QUANTISERS["int4"](w, 1.0, jnp.float32))(w)
+    for replicate_w, alone in zip(weights, w, strict=True):
+        np.testing.assert_array_equal(replicate_w, quantised(alone, "int4"))
 
 
 def test_each_format_reaches_the_model_through_the_seam():
@@ -209,8 +209,8 @@ def statuses(**losses):
     ],
 )  # fmt: skip
 def test_claims_follow_from_the_rows(losses, changed):
-    found = statuses(**losses)
-    assert {name: status for name, status in found.items() if status != HOLDS} == changed
+    outcomes = statuses(**losses)
+    assert {name: status for name, status in outcomes.items() if status != HOLDS} == changed
 
 
 def test_changes_and_decoupling_have_a_line_each():

@@ -86,8 +86,8 @@ def test_a_weight_of_zero_adds_exactly_nothing(windows, name):
 
     plain = jax.value_and_grad(cross_entropy)(windows[0], batch)
     for extra in ({name: 0.0}, {}):
-        found = jax.value_and_grad(total)(windows[0], extra)
-        for with_it, without in zip(found, plain, strict=True):
+        regularised = jax.value_and_grad(total)(windows[0], extra)
+        for with_it, without in zip(regularised, plain, strict=True):
             np.testing.assert_array_equal(with_it, without)
 
 
@@ -101,19 +101,19 @@ def test_unscored_positions_change_no_regulariser(windows, name):
     other_windows_BL = np.array(windows_BL)
     other_windows_BL[:, -1] = 4
     grad = jax.value_and_grad(functools.partial(value, name))
-    found, grad_BLV = grad(logits_BLV, windows_BL, weights_BL)
+    loss, grad_BLV = grad(logits_BLV, windows_BL, weights_BL)
     other, other_grad_BLV = grad(other_logits_BLV, other_windows_BL, weights_BL)
-    assert found == other
+    assert loss == other
     np.testing.assert_array_equal(grad_BLV, other_grad_BLV)
     np.testing.assert_array_equal(np.abs(grad_BLV).sum(axis=-1) > 0, weights_BL > 0)
 
 
 @pytest.mark.parametrize("name", REGULARISERS)
 def test_a_batch_without_scored_positions_has_no_gradient(windows, name):
-    found, grad_BLV = jax.value_and_grad(functools.partial(value, name))(
+    loss, grad_BLV = jax.value_and_grad(functools.partial(value, name))(
         windows[0], windows[1], 0 * windows[2]
     )
-    assert np.isfinite(found)
+    assert np.isfinite(loss)
     np.testing.assert_array_equal(grad_BLV, 0)
 
 
@@ -124,8 +124,8 @@ def test_extreme_logits_give_finite_values_and_gradients(windows, name, size):
     logits_BLV = np.zeros((2, 5, 7), np.float32)
     logits_BLV[0, :, 3], logits_BLV[1, :, 2], logits_BLV[1, :, 6] = size, -size, -size
     logits_BLV[1, :3, 5] = size
-    found, grad_BLV = jax.value_and_grad(functools.partial(value, name))(logits_BLV, *windows[1:])
-    assert np.isfinite(found) and np.isfinite(grad_BLV).all()
+    loss, grad_BLV = jax.value_and_grad(functools.partial(value, name))(logits_BLV, *windows[1:])
+    assert np.isfinite(loss) and np.isfinite(grad_BLV).all()
 
 
 # A toy: 16 windows of 5 tokens that begin with `a b` and whose third token follows P.
@@ -259,13 +259,13 @@ def test_every_regulariser_reaches_the_gradient_and_none_the_reported_loss():
     step = jax.jit(functools.partial(train.train_step, cfg, study.REGULARISED))
 
     def numbers(extra):
-        _, _, found = step(state, Hyper(extra=none | extra), batch, pi_V)
-        return float(found["train/grad_norm"]), float(found["train/loss"])
+        _, _, metrics = step(state, Hyper(extra=none | extra), batch, pi_V)
+        return float(metrics["train/grad_norm"]), float(metrics["train/loss"])
 
     plain = numbers({})
-    found = {name: numbers({name: weight}) for name, weight in study.WEIGHTS.items()}
-    assert {loss for _, loss in found.values()} == {plain[1]}
-    assert {name for name, (norm, _) in found.items() if norm == plain[0]} == set()
+    norms_and_losses = {name: numbers({name: weight}) for name, weight in study.WEIGHTS.items()}
+    assert {loss for _, loss in norms_and_losses.values()} == {plain[1]}
+    assert {name for name, (norm, _) in norms_and_losses.items() if norm == plain[0]} == set()
 
 
 # ------------------------------------------------------------------------------------------ claims
@@ -275,15 +275,15 @@ def frame(jitter=0.0, **changed):
     """Three seeds of every arm; `changed` gives losses and mutual information. Unigram 4."""
     numbers = {"coupled": (5.0, 0.002), "decoupled": (3.0, 0.5)}
     numbers |= {"coupled_unigram_bias": (3.8, 0.05)} | changed
-    made = []
+    run_rows = []
     for number, arm in enumerate(study.ARMS):
         name = arm.name.replace(" ", "_")
         loss, context = numbers.get(name, numbers[arm.recipe])
         noise = jitter * np.random.default_rng(number).normal(size=3)
-        made += make_rows(
+        run_rows += make_rows(
             {arm.name: [loss + 0.01 * s + noise[s] for s in range(3)]}, context=context
         )
-    return rows.frame(made)
+    return rows.frame(run_rows)
 
 
 @pytest.mark.parametrize(
@@ -301,8 +301,8 @@ def frame(jitter=0.0, **changed):
     ],
 )  # fmt: skip
 def test_claims_follow_from_the_rows(changed, expected):
-    found = {claim.name: judge(claim, QUICK, frame(**changed)).status for claim in study.CLAIMS}
-    assert {name: status for name, status in found.items() if status != HOLDS} == expected
+    statuses = {claim.name: judge(claim, QUICK, frame(**changed)).status for claim in study.CLAIMS}
+    assert {name: status for name, status in statuses.items() if status != HOLDS} == expected
 
 
 def test_p_values_are_adjusted_over_both_recipes():

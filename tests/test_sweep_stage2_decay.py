@@ -44,8 +44,8 @@ def test_arms_differ_in_the_decay_of_stage_2_alone():
     ],
 )
 def test_claims_follow_from_the_rows(numbers, expected):
-    found = statuses(frame(**numbers))
-    assert {name: found[name] for name in expected} == expected
+    outcomes = statuses(frame(**numbers))
+    assert {name: outcomes[name] for name in expected} == expected
 
 
 def test_changes_are_shown_beside_a_line_per_arm():

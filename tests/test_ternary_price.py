@@ -14,15 +14,15 @@ PRICES = dict(zip(study.WIDTHS, (0.15, 0.1, 0.05), strict=True))
 
 def frame(prices=PRICES, lengths=(100, 300), start=3.0):
     """Three seeds; the unigram has 4 nats."""
-    made = []
+    run_rows = []
     for steps in lengths:
         losses = {
             f"{width}, {kind}": [start + price * (kind == "ternary") + 0.1 * s for s in range(3)]
             for width, price in prices.items()
             for kind in study.ARITHMETICS
         }
-        made += make_rows(losses, steps=steps)
-    return rows.frame(made)
+        run_rows += make_rows(losses, steps=steps)
+    return rows.frame(run_rows)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def frame(prices=PRICES, lengths=(100, 300), start=3.0):
 )
 def test_claims_follow_from_the_rows(numbers, expected):
     df = frame(**numbers)
-    found = {claim.name: judge(claim, QUICK_B158, df).status for claim in study.CLAIMS}
-    assert {name: found[name] for name in expected} == expected
+    statuses = {claim.name: judge(claim, QUICK_B158, df).status for claim in study.CLAIMS}
+    assert {name: statuses[name] for name in expected} == expected
 
 
 def test_arms_differ_in_width_and_arithmetic_alone():

@@ -46,8 +46,8 @@ def write_gpt2(folder, merges=(("h", "e"), ("he", "y"))):
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, tokenizer.END_OF_TEXT])}
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    merge_lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(merge_lines) + "\n", encoding="utf-8")
     return vocab
 
 
@@ -437,9 +437,9 @@ def test_stretches_of_a_document_have_the_tokens_of_the_whole(tmp_path, way, mon
     monkeypatch.setattr(tokens, "PIECE_CHARS", 20)
     monkeypatch.setattr(tokens, "MOST_CHARS", 40)
     text = hf_models.WORDS
-    found = [piece for piece, _ in tokens.pieces([(text, True)], spm)]
-    assert len(found) > 3 and "".join(found) == text
-    rows = spm.encode_batch(found, [True] + [False] * (len(found) - 1))
+    pieces = [piece for piece, _ in tokens.pieces([(text, True)], spm)]
+    assert len(pieces) > 3 and "".join(pieces) == text
+    rows = spm.encode_batch(pieces, [True] + [False] * (len(pieces) - 1))
     np.testing.assert_array_equal(np.concatenate(rows), spm.encode_batch([text])[0])
 
 

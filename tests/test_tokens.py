@@ -218,8 +218,8 @@ def test_a_damaged_cache_file_is_named_and_made_again(text, cache, capsys, kind,
 def test_token_files_of_other_splits_are_not_taken(text, cache):
     first = data.load(text)
     train_N, validation_N = np.array(first.train_N), np.array(first.validation_N)
-    one, other = sorted(cache.glob("tokens-*.npy"))
-    for a, b in ((one, other), (one.with_suffix(".json"), other.with_suffix(".json"))):
+    path, other = sorted(cache.glob("tokens-*.npy"))
+    for a, b in ((path, other), (path.with_suffix(".json"), other.with_suffix(".json"))):
         a_content, b_content = a.read_bytes(), b.read_bytes()
         a.write_bytes(b_content)
         b.write_bytes(a_content)
@@ -316,10 +316,10 @@ def test_splits_shorter_than_a_window_are_named(tmp_path, text):
 def test_stripped_lines_are_encoded_one_by_one_with_nothing_between(text):
     """No line break, no mark of an end, no word across two lines; in blocks of any size."""
     by_line = data.load(replace(text, stripped_lines=True))
-    lines = [line.strip() for line in LINES.splitlines() if line.strip()]
-    encoded = np.concatenate(by_line.tokenizer.encode_batch(lines))
+    text_lines = [line.strip() for line in LINES.splitlines() if line.strip()]
+    encoded = np.concatenate(by_line.tokenizer.encode_batch(text_lines))
     both = np.concatenate([by_line.train_N, by_line.validation_N])
     assert both.tolist() == encoded.tolist()
     assert by_line.tokenizer.end_of_text not in both
     cuts = [list(tokens.stripped_lines(stream(LINES, block))) for block in (1, 13, 5000)]
-    assert cuts[0] == cuts[1] == cuts[2] == [(line, False) for line in lines]
+    assert cuts[0] == cuts[1] == cuts[2] == [(line, False) for line in text_lines]

@@ -515,11 +515,11 @@ def test_numbers_of_the_update_are_those_of_the_moved_parameters():
         )
         return after, updates, numbers
 
-    after, nothing, found = of(train.STANDARD)
+    after, nothing, numbers = of(train.STANDARD)
     same, updates, kept = of(seam_faults.HOLDS_ITS_UPDATES)
     assert nothing is None and updates is not None
     assert_same(after, same)
-    assert {k: float(x) for k, x in found.items()} == pytest.approx(
+    assert {k: float(x) for k, x in numbers.items()} == pytest.approx(
         {k: float(x) for k, x in kept.items()}, rel=1e-3, abs=1e-6
     )
 

@@ -23,7 +23,7 @@ COUNTS = (500, 100, 70)
 
 def make(ends=ENDS, counts=COUNTS, seeds=3):
     """Rows of both recipes: the loss falls in a line from 8 to its end, plus the seed / 100."""
-    made = []
+    run_rows = []
     for kind, losses in ends.items():
         for steps, end, count in zip(LENGTHS, losses, counts, strict=True):
             hyper = presets.RECIPES[kind](RunConfig(steps=steps)).replace(warmup_steps=15.0)
@@ -41,8 +41,8 @@ def make(ends=ENDS, counts=COUNTS, seeds=3):
                     "unique_stage2": count / 2,
                     "cut_log": {"unique": count, "train_loss": 7.0},
                 }
-                made.append(row)
-    return rows.frame(made)
+                run_rows.append(row)
+    return rows.frame(run_rows)
 
 
 def statuses(*args, **more):
@@ -54,18 +54,18 @@ def warmups(preset, **hyper):
     """Warm-up steps of the replicates that would be trained at all lengths."""
     cfg = presets.preset(preset)
     request = arms.Request("toy", preset, cfg, hyper, [0], "unused", lengths=study.TIMES)
-    found = set()
+    warmup_steps = set()
 
     def train_arms(request, arms_, measure):
         for length in request.lengths:
             for arm in arms_:
-                _, made, _ = arms.replicates(request, arm, length)
-                found.update(rep.hyper.warmup_steps for rep in made)
+                _, replicates, _ = arms.replicates(request, arm, length)
+                warmup_steps.update(rep.hyper.warmup_steps for rep in replicates)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "train_arms", train_arms)
         study.train(request, list(study.ARMS), study.measure)
-    return found
+    return warmup_steps
 
 
 def test_the_warm_up_is_the_same_for_all_lengths_unless_set():
@@ -93,9 +93,9 @@ def test_a_row_holds_the_ends_of_shorter_runs_and_the_averages_of_a_cut_log():
         replicates=[0, 1],
         column=lambda key, kind="eval": columns[key],
     )
-    found = study.measure(run, base=40)
-    assert found["cut_log"] == [{"unique": 30, "train_loss": 9}] * 2
-    assert found["at"][1]["step"] == [40, 400] and found["at"][1][LOSS] == [80, 800]
+    numbers = study.measure(run, base=40)
+    assert numbers["cut_log"] == [{"unique": 30, "train_loss": 9}] * 2
+    assert numbers["at"][1]["step"] == [40, 400] and numbers["at"][1][LOSS] == [80, 800]
 
 
 def test_the_summed_rate_in_warm_up_is_a_sum_of_integers():
@@ -114,9 +114,9 @@ def test_runs_at_equal_summed_rate_are_read_between_evaluations():
     df = make()
     row = df[(df["arm"] == "coupled") & (df["steps"] == 800)].iloc[0]
     half = float(np.interp(400, np.arange(801), study.sum_lr(row)))
-    found = study.at_sum_lr(df, "coupled", 800, half, LOSS)
+    losses = study.at_sum_lr(df, "coupled", 800, half, LOSS)
     ends = study.sum_lr(row)[-1]
-    np.testing.assert_allclose(found[0], 8 - (8 - 7.3) * half / ends, rtol=1e-6)
+    np.testing.assert_allclose(losses[0], 8 - (8 - 7.3) * half / ends, rtol=1e-6)
 
 
 def test_differences_at_the_ends_and_at_the_same_step():
@@ -127,8 +127,8 @@ def test_differences_at_the_ends_and_at_the_same_step():
 
 
 def test_claims_hold_on_rows_made_to_bear_them():
-    found = statuses()
-    assert found == {"decoupled": HOLDS, "coupled": HOLDS, "distinct": HOLDS, "schedule": HOLDS}
+    outcomes = statuses()
+    assert outcomes == {"decoupled": HOLDS, "coupled": HOLDS, "distinct": HOLDS, "schedule": HOLDS}
 
 
 def test_claims_fail_on_rows_that_contradict_them():

@@ -358,8 +358,8 @@ def test_only_a_large_block_says_learned_in_a_run_that_has_them():
 def test_a_leak_is_told_until_a_large_block_is_without_it():
     history = [row(3.0, 3.0, mi=0.9) | {metrics.FUTURE_LEAK: leak} for leak in (0.0, 0.2)]
     history += [row(3.0, 3.0, mi=0.9), row(3.0, 3.0, mi=0.9) | {metrics.FUTURE_LEAK: 0.0}]
-    told = [judge(history[: n + 1]).name for n in range(4)]
-    assert told == ["healthy", "sees_later_tokens", "sees_later_tokens", "healthy"]
+    verdict_names = [judge(history[: n + 1]).name for n in range(4)]
+    assert verdict_names == ["healthy", "sees_later_tokens", "sees_later_tokens", "healthy"]
 
 
 def test_ended_is_learned_at_the_last_step():

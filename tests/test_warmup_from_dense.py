@@ -52,17 +52,17 @@ def test_claims_follow_from_the_rows(losses, wrong):
 
 def test_the_rise_is_measured_from_each_seeds_own_dense_model():
     """Peaks 7, 8, 9 above 3.4, 3.5, 3.6."""
-    made = make()
-    for row in made:
+    run_rows = make()
+    for row in run_rows:
         if row["arm"] == study.SHORT:
             row["curve"][LOSS] = [6.0, 7.0 + row["seed"], 5.0]
-    assert study.rise(rows.frame(made), study.SHORT).mean == pytest.approx(8 - 3.5)
+    assert study.rise(rows.frame(run_rows), study.SHORT).mean == pytest.approx(8 - 3.5)
 
 
 def test_tables_of_a_part_of_the_arms_are_shown():
-    made = [row for row in make() if row["arm"] in ("dense", "no warm-up")]
-    shown = Exhibits(rows.frame(made))
-    study.show(rows.frame(made), shown)
+    run_rows = [row for row in make() if row["arm"] in ("dense", "no warm-up")]
+    shown = Exhibits(rows.frame(run_rows))
+    study.show(rows.frame(run_rows), shown)
     assert shown.tables[-1].rows == [["no warm-up", "+2.50 [+2.25, +2.75]"]]  # 6.0 at step 0
 
 
@@ -92,9 +92,9 @@ def trained(monkeypatch):
     def train_arms(request, arms, measure, *, keep=False):
         starts = {arm.fields.get("run.init") for arm in arms}
         calls.append((request.seeds, [arm.name for arm in arms], starts, keep))
-        made = make_rows({arm.name: [5.0] * len(request.seeds) for arm in arms})
+        run_rows = make_rows({arm.name: [5.0] * len(request.seeds) for arm in arms})
         return [row | {"seed": request.seeds[row["seed"]], "id": f"run/{row['seed']}"}
-                for row in made]  # fmt: skip
+                for row in run_rows]  # fmt: skip
 
     monkeypatch.setattr(study, "train_arms", train_arms)
     return calls
@@ -104,14 +104,14 @@ def test_every_seed_continues_from_its_own_folder(trained, tmp_path):
     """As one program per seed: the folder belongs to the configuration."""
     for i in range(2):
         (tmp_path / f"run-{i}-hf").mkdir()  # exported before: not written again
-    made = study.train(request(tmp_path), list(study.ARMS), None)
+    run_rows = study.train(request(tmp_path), list(study.ARMS), None)
     names = [arm.name for arm in study.ARMS]
     assert trained == [
         ([3, 5], names[:2], {None}, True),
         ([3], names[2:], {f"hf:{tmp_path / 'run-0-hf'}"}, False),
         ([5], names[2:], {f"hf:{tmp_path / 'run-1-hf'}"}, False),
     ]
-    assert len(made) == 2 * 2 + 2 * 4
+    assert len(run_rows) == 2 * 2 + 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ def test_a_dense_model_from_elsewhere_starts_all_seeds_of_one_study(trained, tmp
     asked = request(tmp_path, assigned=("run.init",))
     cfg = replace(asked.cfg, run=replace(asked.cfg.run, init="hf:some/folder"))
     study.check(cfg)
-    made = study.train(replace(asked, cfg=cfg), list(study.ARMS), None)
+    run_rows = study.train(replace(asked, cfg=cfg), list(study.ARMS), None)
     names = [study.SCRATCH, study.ABRUPT, *study.WARMUPS, study.CEILING]
-    assert trained == [([3, 5], names, {None, "hf:some/folder"}, False)] and len(made) == 10
-    shown = Exhibits(rows.frame(made))
-    study.show(rows.frame(made), shown)
+    assert trained == [([3, 5], names, {None, "hf:some/folder"}, False)] and len(run_rows) == 10
+    shown = Exhibits(rows.frame(run_rows))
+    study.show(rows.frame(run_rows), shown)
     assert shown.tables
     with pytest.raises(UserError, match=r"run\.init=fork:runs/mine"):
         study.check(replace(cfg, run=replace(cfg.run, init="fork:runs/mine")))

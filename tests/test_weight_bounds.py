@@ -70,8 +70,8 @@ def test_a_small_initialisation_has_nothing_above_the_threshold():
 )
 def test_shares_of_known_distributions(w, above, zeros, sqnr):
     numbers = inspection.numbers(inspection.tensor_sums(0.03 * w, True))
-    found = [numbers[key] for key in ("above_scale", "zero_rate", "std", "outside")]
-    np.testing.assert_allclose(found, [above, zeros, 0.03 * w.std(), 0], atol=2e-3)
+    stats = [numbers[key] for key in ("above_scale", "zero_rate", "std", "outside")]
+    np.testing.assert_allclose(stats, [above, zeros, 0.03 * w.std(), 0], atol=2e-3)
     np.testing.assert_allclose(numbers["sqnr"], sqnr, atol=2e-2)
 
 
@@ -120,15 +120,15 @@ def test_weights_of_a_run_over_its_kept_steps():
         states_at=lambda step: types.SimpleNamespace(params=(start, later)[step]),
         replicate=lambda tree, index: tree,
     )
-    (found,) = study.measure(run)["weights"]
-    assert found["step"] == [0, 1]
-    assert found["counts"]["embedding"]["above_1.1"] == [0, 2]
-    assert found["counts"]["ternary"] == {"above_1": [0, 0], "above_1.1": [0, 0], "outside": [0, 0]}
-    assert found["ternary"]["flip_rate"] == [0.5]
-    assert found["first_last"]["down"]["zero_rate"] == [0, 0]
-    assert found["first_last"]["down"]["histogram"][0][4] == 1000
-    assert "zero_rate" not in found["first_last"]["head"]
-    assert len(found["predicted"]) == 2
+    (stats,) = study.measure(run)["weights"]
+    assert stats["step"] == [0, 1]
+    assert stats["counts"]["embedding"]["above_1.1"] == [0, 2]
+    assert stats["counts"]["ternary"] == {"above_1": [0, 0], "above_1.1": [0, 0], "outside": [0, 0]}
+    assert stats["ternary"]["flip_rate"] == [0.5]
+    assert stats["first_last"]["down"]["zero_rate"] == [0, 0]
+    assert stats["first_last"]["down"]["histogram"][0][4] == 1000
+    assert "zero_rate" not in stats["first_last"]["head"]
+    assert len(stats["predicted"]) == 2
 
 
 # --------------------------------------------------------------------------------------- claims
@@ -136,8 +136,8 @@ def test_weights_of_a_run_over_its_kept_steps():
 
 def frame(**changed):
     """Three seeds of each arm; `changed` replaces columns of the coupled arm."""
-    made = make_rows({arm: [4.0, 4.1, 4.2] for arm in study.ARM_NAMES})
-    for row in made:
+    run_rows = make_rows({arm: [4.0, 4.1, 4.2] for arm in study.ARM_NAMES})
+    for row in run_rows:
         coupled, nothing = row["arm"] == study.COUPLED, {"above_1": [0, 0], "above_1.1": [0, 0]}
         codes, ends = [0.25, 0.85 if coupled else 0.27], [0.25, 1.0 if coupled else 0.27]
         row["extra"]["weights"] = {
@@ -151,7 +151,7 @@ def frame(**changed):
             "ternary": {"zero_rate": codes},
             "first_last": {kind: {"zero_rate": ends} for kind in ("gate_up", "down")},
         }
-    df = rows.frame(made)
+    df = rows.frame(run_rows)
     for column, value in changed.items():
         of_arm = df["arm"] == study.COUPLED
         df[column] = [value if x else old for x, old in zip(of_arm, df[column], strict=True)]

@@ -44,9 +44,9 @@ class LlamaCpp:
         """
         choice = [[self.tokens("a")[0], 1e6]]
         answer = self.complete(ids, 1, n_probs=self.n_vocab, logit_bias=choice)
-        made = answer["completion_probabilities"][0]
+        next_token = answer["completion_probabilities"][0]
         found_V = np.full(self.n_vocab, np.nan)
-        for entry in made["top_logprobs"]:
+        for entry in next_token["top_logprobs"]:
             found_V[entry["id"]] = entry["logprob"]
         return found_V
 

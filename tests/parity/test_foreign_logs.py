@@ -30,9 +30,9 @@ def logs(tmp_path_factory):
 def test_a_real_log_gets_its_verdict(logs, log, label, settings):
     folder, references = logs
     run = history.read(folder / log, (), settings)
-    found = diagnosis.diagnose(run, references)
-    print("\n".join(diagnosis.terminal_lines(run, found, references)))
-    assert (found.verdict.name, found.alarm) == (label, label == "stalled")
+    result = diagnosis.diagnose(run, references)
+    print("\n".join(diagnosis.terminal_lines(run, result, references)))
+    assert (result.verdict.name, result.alarm) == (label, label == "stalled")
     assert run.last_step == foreign_logs.STEPS
 
 

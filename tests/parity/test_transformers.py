@@ -104,9 +104,9 @@ def test_master_weights_train_there_with_our_gradients(simple, tokenizer, tmp_pa
         (model.model.layers[0].mlp.down_proj, ours["block_0"]["ffn"]["down"]["kernel"]),
     ):
         assert isinstance(layer, AutoBitLinear)
-        found = layer.weight.grad.numpy().T
-        assert np.abs(found).max() > 1e-3
-        np.testing.assert_allclose(found, ours_IO, rtol=1e-3, atol=1e-5)
+        grad_IO = layer.weight.grad.numpy().T
+        assert np.abs(grad_IO).max() > 1e-3
+        np.testing.assert_allclose(grad_IO, ours_IO, rtol=1e-3, atol=1e-5)
 
 
 def test_the_tokenizer_gives_the_same_ids_and_text(simple, tokenizer, tmp_path):
