@@ -165,7 +165,7 @@ CLAIMS = (
         "recovery",
         "longer runs: from step 500 to 1000 the count triples, the logits vanish, the loss is ln V",
         count_alone_recovers,
-        BOOKS,
+        *(FULL, BOOKS),
     ),
     Claim(
         "losses",
