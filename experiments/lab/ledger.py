@@ -83,22 +83,26 @@ class Line:
 
 # Claim, column, digits, possible range, and the reported values at the three lengths (None: none).
 MEASUREMENTS = (
-    ("most distinct predictions", "unique_max", 0, COUNT, (95, 98, 95)),
-    ("fewest distinct predictions", "unique_min", 0, COUNT, (1, 1, 1)),
+    ("most distinct predictions", "unique_max", 0, COUNT, (95, None, None)),
+    ("most distinct, first 452", "partial_unique_max", 0, COUNT, (None, 98, 95)),
+    ("fewest distinct predictions", "unique_min", 0, COUNT, (1, None, None)),
+    ("fewest distinct, first 452", "partial_unique_min", 0, COUNT, (None, 1, 1)),
     ("distinct, average", "unique_mean", 1, COUNT, (9.4, None, None)),
-    ("distinct, average of the first 452", "partial_unique_mean", 1, COUNT, (None, 28.6, 26.4)),
+    ("distinct, average, first 452", "partial_unique_mean", 1, COUNT, (None, 28.6, 26.4)),
     ("distinct, average of stage 1", "unique_stage1", 1, COUNT, (15.1, None, None)),
     ("distinct, average of stage 2", "unique_stage2", 1, COUNT, (3.6, None, None)),
     ("severe share", "severe_share", 3, SHARE, (0.285, None, None)),
-    ("severe share of the first 452", "partial_severe_share", 3, SHARE, (None, 0.007, 0.077)),
+    ("severe share, first 452", "partial_severe_share", 3, SHARE, (None, 0.007, 0.077)),
     ("first severe evaluation at step", "first_severe", 0, (5, 1000), (130, None, None)),
     ("first with one prediction at step", "first_complete", 0, (5, 1000), (140, None, None)),
     ("recoveries", "recoveries", 0, (0, 100), (2, None, None)),
     ("distinct at the end", "unique_final", 0, COUNT, (8, 5, 6)),
-    ("lowest loss", "loss_min", 2, NATS, (8.23, 8.71, 8.57)),
-    ("highest loss", "loss_max", 2, NATS, (10.94, 11.01, 10.93)),
+    ("lowest loss", "loss_min", 2, NATS, (8.23, None, None)),
+    ("lowest loss, first 452", "partial_loss_min", 2, NATS, (None, 8.71, 8.57)),
+    ("highest loss", "loss_max", 2, NATS, (10.94, None, None)),
+    ("highest loss, first 452", "partial_loss_max", 2, NATS, (None, 11.01, 10.93)),
     ("average loss", "loss_mean", 2, NATS, (9.60, None, None)),
-    ("average loss of the first 452", "partial_loss_mean", 2, NATS, (None, 10.52, 10.50)),
+    ("average loss, first 452", "partial_loss_mean", 2, NATS, (None, 10.52, 10.50)),
     ("loss at the end", "loss_final", 2, NATS, (9.92, 9.74, 9.76)),
     ("entropy of the collapsed run", "late_entropy", 2, NATS, (10.7, None, None)),
     ("spread of the logits (ours: at the start)", "start_logit_std", 2, SPREAD, (0.58, None, None)),
@@ -138,6 +142,8 @@ def statistics(run: Finished, i: int, path: Trajectory, transit: int | None) -> 
         "partial_unique_mean": path.unique[partial].mean(),
         "partial_severe_share": severe[partial].mean(),
         "partial_loss_mean": losses[: partial.sum()].mean(),
+        "partial_loss_min": losses[: partial.sum()].min(),
+        "partial_loss_max": losses[: partial.sum()].max(),
         "start_loss": first[TRACK_LOSS],
         "start_entropy": first[TRACK_ENTROPY],
         "start_logit_std": first[LOGIT_STD],
@@ -148,6 +154,8 @@ def statistics(run: Finished, i: int, path: Trajectory, transit: int | None) -> 
         "evaluations": len(path.steps),
         "unique_min": int(path.unique.min()),
         "unique_max": int(path.unique.max()),
+        "partial_unique_min": int(path.unique[partial].min()),
+        "partial_unique_max": int(path.unique[partial].max()),
         "unique_final": int(path.unique[-1]),
         "first_severe": trajectory.first_severe(path),
         "first_complete": trajectory.first_complete(path),
@@ -308,7 +316,8 @@ def beside(df: pd.DataFrame) -> list[Table]:
     runs = by_length(df)
     table_rows = [
         [claim, *itertools.chain.from_iterable(
-            ("" if value is None else f"{value:.{digits}f}",
+            ("", "") if value is None else
+            (f"{value:.{digits}f}",
              stats.interval(runs[steps][f"numbers/{column}"]).text(f".{digits}f"))
             for steps, value in zip(LENGTHS, values, strict=True)
         )]
