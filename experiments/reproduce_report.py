@@ -15,6 +15,7 @@ Goes when the ledger, on rows to the letter, has no number left that is not deci
 import functools
 
 import numpy as np
+import pandas as pd
 
 from bitnet_jax import shrink
 from bitnet_jax.config import Config
@@ -58,9 +59,10 @@ def measure(run, base: int) -> dict[str, list]:
 
 
 def shortest(df):
-    """Rows of the shortest runs; raises NotEnough for fewer seeds than a claim needs."""
-    each(df, COUPLED, LOSS)
-    return of(df, COUPLED)
+    """Rows of the shortest length; raises NotEnough without it or with too few of its seeds."""
+    runs = ledger.by_length(df)[ledger.LENGTHS[0]]
+    each(runs, COUPLED, LOSS)
+    return of(runs, COUPLED)
 
 
 def ratio(df, column: str, other: str):
@@ -70,12 +72,13 @@ def ratio(df, column: str, other: str):
 
 def longer(df):
     """Rows of the longer runs; raises NotEnough for fewer of a length than a claim needs."""
-    lengths = sorted(set(df["steps"]))[1:]
-    if not lengths:
-        raise NotEnough("one length")
-    for steps in lengths:
-        each(df, COUPLED, LOSS, steps)
-    return df[df["steps"].isin(lengths)]
+    _, *longer_runs = ledger.by_length(df).values()
+    trained = [runs for runs in longer_runs if len(runs)]
+    if not trained:
+        raise NotEnough("no longer runs")
+    for runs in trained:
+        each(runs, COUPLED, LOSS)
+    return pd.concat(trained)
 
 
 def half_steps(df) -> np.ndarray:

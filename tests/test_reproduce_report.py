@@ -174,3 +174,11 @@ def test_two_seeds_or_one_length_decide_nothing():
     df = frame()
     df = df[df["steps"] == 1000]
     assert claims.judge(CLAIMS["recovery"], BOOKS, df).status == claims.UNDECIDED
+
+
+def test_longer_runs_alone_decide_the_recovery_and_nothing_else():
+    df = frame()
+    df = df[df["steps"] > 1000]
+    statuses = {name: claims.judge(claim, BOOKS, df).status for name, claim in CLAIMS.items()}
+    assert statuses.pop("recovery") == claims.HOLDS
+    assert set(statuses.values()) == {claims.UNDECIDED}

@@ -9,7 +9,6 @@ construction, is counted apart.
     python -m experiments.lab.ledger                   # from the rows of reproduce_report
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -314,15 +313,15 @@ def by_length(df: pd.DataFrame) -> dict[int, pd.DataFrame]:
 def beside(df: pd.DataFrame) -> list[Table]:
     """The report's numbers and its milestones, each beside ours, whatever the size of the model."""
     runs = by_length(df)
-    table_rows = [
-        [claim, *itertools.chain.from_iterable(
-            ("", "") if value is None else
-            (f"{value:.{digits}f}",
-             stats.interval(runs[steps][f"numbers/{column}"]).text(f".{digits}f"))
-            for steps, value in zip(LENGTHS, values, strict=True)
-        )]
-        for claim, column, digits, _, values in MEASUREMENTS
-    ]  # fmt: skip
+    table_rows = []
+    for claim, column, digits, _, values in MEASUREMENTS:
+        table_rows.append([claim])
+        for steps, value in zip(LENGTHS, values, strict=True):
+            cells, spec = ["", ""], f".{digits}f"
+            if value is not None:
+                ours = runs[steps][f"numbers/{column}"] if len(runs[steps]) else []
+                cells = [f"{value:{spec}}", stats.interval(ours).text(spec)]
+            table_rows[-1] += cells
     heads = [""]
     for steps, ours in runs.items():
         heads += [f"report, {steps}", f"ours, {ours['steps'].iloc[0]}" if len(ours) else "ours"]
