@@ -28,7 +28,8 @@ def frame(prices=PRICES, lengths=(100, 300), start=3.0):
 @pytest.mark.parametrize(
     ("numbers", "expected"),
     [
-        ({}, {"learned": HOLDS, "price": HOLDS, "width": HOLDS}),
+        ({}, {"learned": HOLDS, "price": HOLDS, "width": HOLDS, "gain": FAILS}),
+        ({"prices": PRICES | {"twice the width": -0.1}}, {"gain": HOLDS, "width": HOLDS}),
         ({"start": 3.95}, {"learned": FAILS}),
         ({"prices": PRICES | {"the width": 0.3}}, {"price": FAILS, "width": HOLDS}),
         ({"prices": dict.fromkeys(PRICES, 0.1)}, {"width": FAILS}),

@@ -31,6 +31,7 @@ QUESTIONS = (  # in the order of the index
     "sweep_architectures",
     "degeneration",
     "warmup_from_dense",
+    "ternary_price",
     "faults",
     "held_out_faults",
     "reproduce_report",
