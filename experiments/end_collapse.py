@@ -26,7 +26,7 @@ from experiments.lab.stats import (
     of,
     severe_share,
 )
-from experiments.lab.studies import BOOKS, FULL, FULL_BEFORE, TRACKED
+from experiments.lab.studies import BOOKS, FULL, TRACKED
 from experiments.lab.studies import QUICK_TRACKED as QUICK
 
 COUPLED, ADAMW, PUBLISHED = "coupled", "AdamW for Adam", "published"
@@ -88,7 +88,7 @@ CLAIMS = (
         "lower",
         "AdamW, no decay, and decay on matrices only each lower the loss by 0.5 nats or more",
         lambda df: all(difference(df, x, COUPLED).high < -0.5 for x in (ADAMW, NONE, MATRICES)),
-        *(FULL_BEFORE, BOOKS, QUICK),
+        *(FULL, BOOKS, QUICK),
     ),
     Claim(
         "large",

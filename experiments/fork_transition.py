@@ -35,7 +35,7 @@ from experiments.lab.exhibits import signed
 from experiments.lab.experiment import experiment
 from experiments.lab.finished import RunFailed
 from experiments.lab.stats import difference, ended, mean, of
-from experiments.lab.studies import FULL_BEFORE, QUICK, SMALL
+from experiments.lab.studies import FULL, QUICK, SMALL
 
 KINDS = ("coupled", "decoupled")
 UNFORKED = "not stopped"
@@ -158,7 +158,7 @@ CLAIMS = (
         "before",
         "at the stage boundary already, the coupled recipe's loss is 1 nat or more above decoupled",
         lambda df: before(df).within(1, np.inf),
-        *(QUICK, FULL_BEFORE),
+        *(QUICK, FULL),
     ),
     Claim(
         "decay",
@@ -170,7 +170,7 @@ CLAIMS = (
         "restored",
         "a run restored at the stage boundary repeats the one that was not stopped, bit by bit",
         lambda df: all(len(of(df, f"{k} {STAGE_2}")) > 0 for k in KINDS) and not differing(df),
-        *(QUICK, FULL_BEFORE),
+        *(QUICK, FULL),
     ),
 )
 

@@ -47,7 +47,6 @@ STAR_SIZE = (
 NARROW = ("model.d_model=64", "model.n_layers=2", "model.d_ff=128", "data.tokenizer=bpe:2048")
 STDLIB_TEXT = "b7fe7151"  # of Python 3.11.7
 BOOKS_TEXT = "079f1ebe"  # of both files
-UNSTRIPPED_TEXT = "19da4209"  # of the same files, digested as it was done before
 KJV_TEXT = "c80364f4"  # bible-kjv 4.38
 FEW_BOOKS_TEXT = "b987b958"  # of the books' validation file
 
@@ -80,16 +79,12 @@ BOOKS_UNSTRIPPED = Study(
 QUICK = Study("quick", "quick", (*SMALL, "model.vocab_size=2048"), STDLIB_TEXT)
 QUICK_TRACKED = Study("quick", "quick", (*TRACKED, "model.vocab_size=2048"), STDLIB_TEXT)
 QUICK_B158 = Study("quick", "quick", (*SIZE, "model.vocab_size=2048"), STDLIB_TEXT)
-# Rows of before: lines not stripped, schedules not late, end of text no target, all seeds on the
-# same batches. Each study goes when its question has been asked anew.
-OLD = ("data.stripped_lines=false", "run.late_schedule=false")
-FULL_BEFORE = Study("full-size books, before", "report", (*FULL.assignments, *OLD), UNSTRIPPED_TEXT)
 KJV = Study("King James", "quick", HELD_OUT, KJV_TEXT)
 KJV_STDLIB = Study("beside King James", "quick", HELD_OUT, STDLIB_TEXT)
 STAR_BOOKS = Study("star, books", "quick", STAR_SIZE, FEW_BOOKS_TEXT)
 STAR_PYTHON = Study("star, Python", "quick", STAR_SIZE, STDLIB_TEXT)
 STUDIES = (
-    *(FULL, BOOKS, BOOKS_UNSTRIPPED, QUICK, QUICK_TRACKED, QUICK_B158, FULL_BEFORE),
+    *(FULL, BOOKS, BOOKS_UNSTRIPPED, QUICK, QUICK_TRACKED, QUICK_B158),
     *(KJV, KJV_STDLIB, STAR_BOOKS, STAR_PYTHON),
 )
 
