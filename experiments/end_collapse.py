@@ -32,6 +32,7 @@ from experiments.lab.studies import QUICK_TRACKED as QUICK
 COUPLED, ADAMW, PUBLISHED = "coupled", "AdamW for Adam", "published"
 MATRICES, NONE, STAGE_1 = "decay on matrices only", "no decay", "no decay in stage 2"
 LESS, DENSE = "a hundredth of the decay", "full precision"
+LEAST = "a 500th of the decay"  # below the predicted edge of 10,000 steps at full size
 TWIN, OFF = "published in full precision", {"weight_quant": 0.0, "act_quant": 0.0}
 LINES = (ADAMW, LESS, MATRICES, NONE, STAGE_1, DENSE)
 OWN = {"model.layout": "b158", "model.tied_embedding": True, "model.rope_theta": 500_000.0}
@@ -39,6 +40,7 @@ ARMS = (
     Arm(COUPLED),
     Arm(ADAMW, "decoupled"),
     Arm(LESS, coupled_1=0.001, coupled_2=0.0005),
+    Arm(LEAST, coupled_1=0.0002, coupled_2=0.0001, lengths=(10,)),
     Arm(MATRICES, decay_rest=0.0),
     Arm(NONE, coupled_1=0.0, coupled_2=0.0),
     Arm(STAGE_1, coupled_2=0.0),
