@@ -202,7 +202,7 @@ def test_a_claim_holds_or_not_or_lacks_rows(named, losses, status):
 
 def test_a_length_of_few_seeds_decides_nothing_beside_one_of_enough(named):
     run_rows = make_rows({"a": [2.0, 2.1, 2.2], "b": [1.0, 1.1, 1.2]})
-    longer = make_rows({"a": [3.0], "b": [9.0]}, steps=40)
+    longer = make_rows({"a": [3.0], "b": [9.0], "only longer": [9.0]}, steps=40)
     claim = Claim("all", "b is lower in every row", lambda df: set(df["steps"]) == {20}, TINY)
     (part,) = pages.analyse((claim,), lambda df, shown: shown.table(df), run_rows + longer)
     assert (part.findings[0].status, part.findings[0].seeds) == (HOLDS, 3)

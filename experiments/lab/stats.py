@@ -130,10 +130,11 @@ def difference(
 
 
 def compared(df: pd.DataFrame) -> pd.DataFrame:
-    """Without lengths that an arm has fewer than SEEDS seeds of, where it has more at another."""
+    """Without an arm's runs of fewer than SEEDS seeds where it has more at another length, or where
+    they are longer than the shortest of the study."""
     n = df.groupby(["arm", "steps"])["seed"].transform("nunique")
     most = n.groupby(df["arm"]).transform("max")
-    return df[(n >= SEEDS) | (most < SEEDS)]
+    return df[(n >= SEEDS) | ((most < SEEDS) & (df["steps"] == df["steps"].min()))]
 
 
 def seeds(df: pd.DataFrame) -> int:
