@@ -4,11 +4,11 @@ import pandas as pd
 
 from bitnet_jax import charts
 from bitnet_jax.metrics import DISTINCT, ENTROPY, LOGIT_STD, LOSS
-from experiments.end_collapse import ADAMW, COUPLED, LESS, PUBLISHED
+from experiments.end_collapse import ADAMW, COUPLED, LEAST, LESS, PUBLISHED
 from experiments.lab import rows, studies
 from experiments.lab.stats import mean
 
-ARMS = (COUPLED, LESS, ADAMW, PUBLISHED)
+ARMS = (COUPLED, LESS, LEAST, ADAMW, PUBLISHED)
 PICTURES = {1000: rows.FOLDER / "answer.svg", 10_000: rows.FOLDER / "answer-longer.svg"}  # steps
 
 
