@@ -245,13 +245,14 @@ EDGES = ("onset", "outcome", "blind")
 def terminal_lines(outlook: Forecast) -> list[str]:
     """What a terminal shows of a forecast."""
     edges = ", ".join(f"{name} {_decay(getattr(outlook, name))}" for name in EDGES)
+    verdict = expected(outlook)
     shown = [
         f"  edges of decay inside Adam: {edges}",
         f"  (measured over predicted, 32 small models: {SPREAD})",
         f"  decay inside Adam here: {outlook.decay:g}, {_place(outlook)}",
-        f"  expected: {expected(outlook)}",
+        f"  expected: {verdict}",
     ]
-    if expected(outlook) == CANNOT_TELL:
+    if verdict == CANNOT_TELL:
         shown.append(
             f"  (without decay the mean field ends at {outlook.undecayed:.2f}, above word "
             f"frequencies, {outlook.unigram:.2f})"
@@ -263,7 +264,7 @@ def terminal_lines(outlook: Forecast) -> list[str]:
             f"  then: loss about {outlook.loss:.2f} (unigram {outlook.unigram:.2f}, ln V "
             f"{outlook.uniform:.2f}), entropy {outlook.entropy:.2f}"
         )
-    if expected(outlook) in (COLLAPSE, EDGE):
+    if verdict in (COLLAPSE, EDGE):
         shown.append(f"  change: {change(outlook)}")
     return shown
 

@@ -80,15 +80,15 @@ def train(request: Request, arms: list[Arm], measure) -> list[dict]:
     check_free(request, wanted)
     all_rows = []
     for group in groups(dataclasses.replace(request, only=(UNFORKED,)), arms):
-        rows_ = train_group(request, group, measure, keep=True)
+        runs = train_group(request, group, measure, keep=True)
         source, step = place(request, group), group.cfg.run.boundary
         prepare = functools.partial(begin_log, source=source, step=step)
         for fork in FORKS:
             if any(arm.name.endswith(f" {fork}") for arm in wanted):
-                rows_ += train_group(request, forked(group, source, fork), measure, prepare=prepare)
-        if wrong := differing(rows.frame(rows_)):
+                runs += train_group(request, forked(group, source, fork), measure, prepare=prepare)
+        if wrong := differing(rows.frame(runs)):
             raise RunFailed(f"restored at the boundary, {wrong[0]} differs from the run itself")
-        all_rows += rows_
+        all_rows += runs
     order = {arm.name: i for i, arm in enumerate(arms)}
     return sorted(all_rows, key=lambda row: (order[row["arm"]], row["seed"]))
 

@@ -178,7 +178,7 @@ def show(df, exhibits) -> None:
     table_rows = []
     for arm, rows in df[is_healthy(df)].groupby("arm", sort=False):
         alarms = [x for x in rows[VERDICT] if verdict.LABELS[x].severity == verdict.ALARM]
-        named = [hits[0]["name"] if hits else "" for hits in rows["causes"] if hits is not None]
+        named = [x[0]["name"] if x else "" for x in rows["causes"] if x is not None]
         losses = f"{rows[HELD_OUT_LOSS].min():.2f} to {rows[HELD_OUT_LOSS].max():.2f}"
         cells = [str(len(rows)), losses, f"{rows['unigram'].mean():.2f}", ", ".join(alarms) or "0",
                  str(len(named)), ", ".join(filter(None, named)) or "0"]  # fmt: skip

@@ -26,7 +26,7 @@ from bitnet_jax.metrics import (
     TRAIN_LOSS,
 )
 from bitnet_jax.verdict import SEVERE
-from experiments.lab import rows, stats, studies, trajectory
+from experiments.lab import stats, studies, trajectory
 from experiments.lab.exhibits import Table, text_table
 from experiments.lab.finished import Finished
 from experiments.lab.measures import first_below_unigram
@@ -128,6 +128,7 @@ def statistics(run: Finished, i: int, path: Trajectory, transit: int | None) -> 
     severe, episodes = path.unique < SEVERE, trajectory.episodes(path)
     stage_1, partial = path.steps <= run.cfg.run.boundary, path.steps <= CUT
     losses = np.array([row[TRAIN_LOSS] for row in run.trains[i]])
+    cut_losses, cut_unique = losses[: partial.sum()], path.unique[partial]
     first, late = run.evals[i][0], [r for r in run.evals[i] if r["step"] > 0.3 * run.cfg.run.steps]
     unrounded = {
         "unique_mean": path.unique.mean(),
@@ -138,11 +139,11 @@ def statistics(run: Finished, i: int, path: Trajectory, transit: int | None) -> 
         "loss_max": losses.max(),
         "loss_mean": losses.mean(),
         "loss_final": losses[-1],
-        "partial_unique_mean": path.unique[partial].mean(),
+        "partial_unique_mean": cut_unique.mean(),
         "partial_severe_share": severe[partial].mean(),
-        "partial_loss_mean": losses[: partial.sum()].mean(),
-        "partial_loss_min": losses[: partial.sum()].min(),
-        "partial_loss_max": losses[: partial.sum()].max(),
+        "partial_loss_mean": cut_losses.mean(),
+        "partial_loss_min": cut_losses.min(),
+        "partial_loss_max": cut_losses.max(),
         "start_loss": first[TRACK_LOSS],
         "start_entropy": first[TRACK_ENTROPY],
         "start_logit_std": first[LOGIT_STD],
@@ -153,8 +154,8 @@ def statistics(run: Finished, i: int, path: Trajectory, transit: int | None) -> 
         "evaluations": len(path.steps),
         "unique_min": int(path.unique.min()),
         "unique_max": int(path.unique.max()),
-        "partial_unique_min": int(path.unique[partial].min()),
-        "partial_unique_max": int(path.unique[partial].max()),
+        "partial_unique_min": int(cut_unique.min()),
+        "partial_unique_max": int(cut_unique.max()),
         "unique_final": int(path.unique[-1]),
         "first_severe": trajectory.first_severe(path),
         "first_complete": trajectory.first_complete(path),
@@ -357,9 +358,7 @@ def table(results: list[Line]) -> Table:
 
 
 def main() -> None:
-    committed_rows = rows.read("reproduce_report")
-    full = [row for row in committed_rows if rows.study(row) == studies.FULL.identity]
-    print(text_table(table(recompute(rows.frame(full)))))
+    print(text_table(table(recompute(studies.FULL.frame("reproduce_report")))))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
+import pandas as pd
+
 from bitnet_jax import presets
 from experiments.lab import rows
 
@@ -66,6 +68,11 @@ class Study:
         cfg, hyper = presets.override(presets.preset(self.preset), list(self.assignments))
         base = {f"hyper.{name}": value for name, value in hyper.items()}
         return rows.identity(dataclasses.asdict(cfg), base, self.text)
+
+    def frame(self, question: str) -> pd.DataFrame:
+        """The committed rows of a question that belong to this study."""
+        members = [row for row in rows.read(question) if rows.study(row) == self.identity]
+        return rows.frame(members)
 
 
 FULL = Study("full-size books", "report", (*BOOK_FILES, "data.tokenizer=gpt2:gpt2"), BOOKS_TEXT)
